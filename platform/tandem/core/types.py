@@ -1,0 +1,119 @@
+"""The words of the system as values: roles, groups, ranks, states.
+
+They are immutable `msgspec` structs, so the same object is what `core/` decides on, what the store holds (JSON) and
+what `tandem status --json` prints.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+
+class Role(StrEnum):
+    """Which half of a request a group serves."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class GroupState(StrEnum):
+    """Life of an expert-parallel group: starting → ready → cordoned → draining → gone, or failed."""
+
+    STARTING = "starting"
+    READY = "ready"
+    CORDONED = "cordoned"
+    DRAINING = "draining"
+    GONE = "gone"
+    FAILED = "failed"
+
+
+class RankState(StrEnum):
+    """Life of one engine process of a group."""
+
+    PENDING = "pending"
+    STARTING = "starting"
+    READY = "ready"
+    DEAD = "dead"
+
+
+class Rank(msgspec.Struct, frozen=True, kw_only=True):
+    """One engine process (one `sglang.launch_server`) of a group, on one node."""
+
+    rank: int
+    state: RankState = RankState.PENDING
+    node: str = ""
+    """Ray node id (hex) that holds the rank."""
+    host: str = ""
+    """Address that the other ranks reach it by."""
+    pid: int = 0
+    """PID of the engine's main process; its process group has the same number."""
+    log: str = ""
+    """Path of the engine's log file on its node."""
+    detail: str = ""
+    """What it is doing, or how it died, in one sentence."""
+
+
+class Group(msgspec.Struct, frozen=True, kw_only=True):
+    """One expert-parallel group as the fleet sees it. The store holds it under `groups/<id>`."""
+
+    group: str
+    role: Role
+    epoch: int
+    """Raised at each restart; what an older epoch still says is dropped."""
+    state: GroupState
+    reason: str = ""
+    url: str = ""
+    """HTTP URL of rank 0, the only rank that takes requests. Empty until known."""
+    bootstrap_host: str = ""
+    """Prefill only: where decode ranks find the KV bootstrap server."""
+    bootstrap_port: int = 0
+    dp_size: int = 1
+    """DP ranks that a request can be routed to (`routed_dp_rank` in 0 … dp_size-1)."""
+    weight_version: str = ""
+    since: float = 0.0
+    """Unix seconds when it entered this state."""
+    ranks: tuple[Rank, ...] = ()
+
+    @property
+    def routable(self) -> bool:
+        """Whether new pairs may use it."""
+        return self.state is GroupState.READY
+
+
+class GroupSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One group that should exist. The store holds it under `desired/<id>`."""
+
+    group: str
+    role: Role
+    nodes: int
+    gpus_per_node: int = 1
+    cordoned: bool = False
+    """No new pairs; what runs goes on."""
+    draining: bool = False
+    """Leave when the last room is closed, at the latest at `drain_deadline`."""
+    drain_deadline: float = 0.0
+    """Unix seconds; 0 while not draining."""
+
+
+class DpLoad(msgspec.Struct, frozen=True, kw_only=True):
+    """Load of one DP rank of a group, from SGLang's `/v1/loads`."""
+
+    dp_rank: int
+    running: int = 0
+    waiting: int = 0
+    waiting_uncached_tokens: int = 0
+    token_usage: float = 0.0
+    """Share of the KV pool in use, 0 to 1."""
+    used_tokens: int = 0
+    max_total_tokens: int = 0
+
+
+class GatewayReplica(msgspec.Struct, frozen=True, kw_only=True):
+    """One listening gateway replica. The store holds it under `gateways/<id>` with an expiry that it renews."""
+
+    replica: str
+    url: str
+    pid: int
+    node: str = ""
