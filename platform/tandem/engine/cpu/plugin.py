@@ -1,0 +1,87 @@
+"""The SGLang plug-in that makes DeepSeek-V3-architecture models run on the CPU engine.
+
+SGLang finds it by its entry point (`sglang.srt.plugins`) in every environment that Tandem is installed in, so it does
+nothing unless `TANDEM_CPU_ENGINE=1`. SGLang only logs a plug-in or hook that fails; `check_hooks` finds out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from tandem.engine.cpu.versions import EngineError
+
+SWITCH = "TANDEM_CPU_ENGINE"
+
+
+class Hook(NamedTuple):
+    """One function of SGLang, and what is done to it."""
+
+    target: str
+    function: Callable[..., Any]
+    how: str
+    """`around` or `after`, as in `sglang.srt.plugins.hook_registry.HookType`."""
+
+
+def active() -> bool:
+    """Whether this process was asked to be a CPU engine."""
+    return os.environ.get(SWITCH) == "1"
+
+
+def hooks() -> tuple[Hook, ...]:
+    """Every hook of the CPU engine."""
+    from tandem.engine.cpu import collectives, dispatcher, experts, forward_count, idle, processes
+
+    group = "sglang.srt.distributed.parallel_state.GroupCoordinator"
+    managers = "sglang.srt.managers"
+    moe = "sglang.srt.layers.moe"
+    return (
+        Hook(f"{group}.reduce_scatterv", collectives.reduce_scatterv, "around"),
+        Hook(f"{group}.all_gatherv", collectives.all_gatherv, "around"),
+        Hook(f"{group}.all_to_all_single", collectives.all_to_all_single, "around"),
+        Hook(f"{moe}.fused_moe_native.moe_forward_native", experts.moe_forward, "around"),
+        Hook(f"{moe}.ep_moe.layer.DeepEPMoE.__init__", experts.use_standard_runner, "after"),
+        Hook(f"{moe}.fused_moe_triton.layer.create_moe_dispatcher", dispatcher.create_dispatcher, "around"),
+        Hook(f"{managers}.scheduler.Scheduler.init_idle_sleeper", idle.set_alarm, "after"),
+        Hook(f"{managers}.scheduler.Scheduler.on_idle", idle.pause_while_pending, "around"),
+        Hook(f"{managers}.scheduler.Scheduler.run_batch", forward_count.count_batch, "around"),
+        Hook(
+            f"{managers}.scheduler_components.idle_sleeper.IdleSleeper.maybe_sleep", idle.sleep_until_called, "around"
+        ),
+        Hook(
+            f"{managers}.data_parallel_controller.DataParallelController.event_loop", idle.wait_for_requests, "around"
+        ),
+        Hook("sglang.srt.entrypoints.engine._set_envs_and_config", processes.fork_children, "after"),
+    )
+
+
+def register() -> None:
+    """Entry point: called by SGLang's `load_plugins` in every engine process."""
+    if not active():
+        return
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from tandem.engine.cpu import attention, nixl_host
+
+    attention.install()
+    nixl_host.install()
+    for hook in hooks():
+        HookRegistry.register(hook.target, hook.function, HookType(hook.how))
+
+
+def check_hooks() -> None:
+    """Raise `EngineError` unless everything that `register` does has taken effect in this process."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    from tandem.engine.cpu import attention, nixl_host
+
+    missing = [hook.target for hook in hooks() if hook.target not in HookRegistry._patched]
+    missing += [
+        name for name, taken in (("NIXL", nixl_host.installed()), ("MLA attention", attention.installed())) if not taken
+    ]
+    if missing:
+        raise EngineError(
+            f"these hooks of the CPU engine did not take: {', '.join(missing)}. SGLang's log above says why; "
+            "the installed SGLang is not the one that Tandem was built for, or another plug-in is in the way."
+        )
