@@ -1,0 +1,73 @@
+# make demo   install, start a fleet, stream one answer, show what happened, stop
+# make up     the same fleet, kept running;  make down stops it
+# make test   all tests;  make lint, make bench
+#
+# Everything is installed into .venv, once; change a requirement file and it is brought up to date.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+.PHONY: demo up down status test unit lint format bench install dev
+.DELETE_ON_ERROR:
+
+demo: install
+	$(BIN)/tandem demo
+
+up: install
+	$(BIN)/tandem up --detach
+
+down: install
+	$(BIN)/tandem down
+
+status: install
+	$(BIN)/tandem status
+
+test: dev
+	$(BIN)/python -m pytest
+
+unit: dev
+	$(BIN)/python -m pytest tests/unit
+
+bench: dev
+	$(BIN)/tandem bench
+
+lint: dev
+	$(BIN)/ruff format --check platform tests
+	$(BIN)/ruff check platform tests
+	$(BIN)/mypy
+
+format: dev
+	$(BIN)/ruff format platform tests
+	$(BIN)/ruff check --fix platform tests
+
+install: $(VENV)/.installed
+dev: $(VENV)/.installed-dev
+
+$(VENV)/.created:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tandem needs Python 3.11 or newer; set PYTHON=…")'
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# torch's +cpu build is not on PyPI: take it where pip is set up to find it, else from PyTorch's own index.
+$(VENV)/.torch: requirements/torch-cpu.txt | $(VENV)/.created
+	@echo "Installing torch (CPU) …"
+	$(PIP) -r $< 2>$(VENV)/torch.log || $(PIP) -r $< --extra-index-url $(TORCH_INDEX) || { cat $(VENV)/torch.log >&2; exit 1; }
+	touch $@
+
+$(VENV)/.requirements: requirements/runtime.txt requirements/engine-cpu.txt requirements/engine-cpu-nodeps.txt $(VENV)/.torch
+	@echo "Installing the engine and what Tandem needs (about 2 GB, a few minutes) …"
+	$(PIP) --no-deps -r requirements/engine-cpu-nodeps.txt
+	$(PIP) -c requirements/torch-cpu.txt -r requirements/runtime.txt -r requirements/engine-cpu.txt
+	touch $@
+
+# The gRPC stubs are generated when the package is built, so a changed .proto builds it again.
+$(VENV)/.installed: pyproject.toml $(wildcard proto/tandem/v1/*.proto) $(VENV)/.requirements
+	$(PIP) --no-deps --editable .
+	touch $@
+
+$(VENV)/.installed-dev: requirements/dev.txt $(VENV)/.installed
+	$(PIP) -c requirements/torch-cpu.txt -r requirements/dev.txt
+	touch $@

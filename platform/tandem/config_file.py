@@ -1,0 +1,81 @@
+"""Reads `fleet.yaml`; a mistake is answered with file, line, field and what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from tandem.config import FleetConfig
+
+
+class ConfigError(ValueError):
+    """The file cannot be used; the message names every mistake, one a line."""
+
+
+def load_config(path: Path) -> FleetConfig:
+    """The fleet described by a YAML file. Raises `ConfigError`."""
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    return parse_config(text, str(path))
+
+
+def parse_config(text: str, source: str) -> FleetConfig:
+    """The fleet described by YAML `text`; `source` names it in errors. Raises `ConfigError`."""
+    try:
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
+        raise ConfigError(f"{where}: not valid YAML: {error.problem or error}") from error
+    if values is None:
+        return FleetConfig()
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source}:1: a fleet is a mapping of fields: {', '.join(FleetConfig.model_fields)}")
+    try:
+        return FleetConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_sentence(source, tree, mistake) for mistake in error.errors())) from error
+
+
+def _sentence(source: str, tree: yaml.Node | None, mistake: Any) -> str:
+    location: tuple[str | int, ...] = mistake["loc"]
+    field = ".".join(str(part) for part in location)
+    line = _line(tree, location)
+    if mistake["type"] == "extra_forbidden":
+        allowed = ", ".join(_fields_at(location[:-1]))
+        return f"{source}:{line}: {field}: no such field; allowed here: {allowed}"
+    return f"{source}:{line}: {field}: {mistake['msg']} (got {mistake['input']!r})"
+
+
+def _line(node: yaml.Node | None, location: Sequence[str | int]) -> int:
+    """Line of the deepest part of `location` that the file has."""
+    line = node.start_mark.line + 1 if node else 1
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            found = [(key, value) for key, value in node.value if key.value == part]
+            if not found:
+                break
+            line, node = found[0][0].start_mark.line + 1, found[0][1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+        else:
+            break
+    return line
+
+
+def _fields_at(location: Sequence[str | int]) -> list[str]:
+    model: type[BaseModel] = FleetConfig
+    for part in location:
+        inner = model.model_fields[str(part)].annotation
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        model = inner
+    return list(model.model_fields)

@@ -1,0 +1,55 @@
+"""`fleet.yaml`: what a user who gets it wrong is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tandem.config import FleetConfig
+from tandem.config_file import ConfigError, load_config, parse_config
+
+
+def mistake(text: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, "fleet.yaml")
+    return str(caught.value)
+
+
+def test_an_empty_file_is_the_laptop_fleet() -> None:
+    assert parse_config("", "fleet.yaml") == FleetConfig()
+
+
+def test_values_of_the_file_are_taken() -> None:
+    assert parse_config("prefill: {groups: 3}", "fleet.yaml").prefill.groups == 3
+
+
+def test_an_unknown_field_is_answered_with_its_line_and_what_is_allowed() -> None:
+    said = mistake("name: a\nprefill:\n  groups: 1\n  gpus: 2\n")
+    assert said.startswith("fleet.yaml:4: prefill.gpus: no such field; allowed here: groups, nodes, gpus_per_node")
+
+
+def test_a_value_out_of_range_is_answered_with_its_line_and_the_range() -> None:
+    said = mistake("gateway:\n  port: 70000\n")
+    assert said == "fleet.yaml:2: gateway.port: Input should be less than or equal to 65535 (got 70000)"
+
+
+def test_a_wrong_choice_is_answered_with_the_choices() -> None:
+    assert "fleet.yaml:1: device: Input should be 'cpu' or 'cuda' (got 'tpu')" in mistake("device: tpu")
+
+
+def test_every_mistake_is_named_not_only_the_first() -> None:
+    assert len(mistake("device: tpu\nname: A_B\n").splitlines()) == 2
+
+
+def test_broken_yaml_is_answered_with_line_and_column() -> None:
+    assert mistake("name: [a\ndevice: cpu\n").startswith("fleet.yaml:2:")
+
+
+def test_a_list_is_not_a_fleet() -> None:
+    assert "a fleet is a mapping of fields: name, device" in mistake("- a\n")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read: No such file"):
+        load_config(tmp_path / "none.yaml")
