@@ -1,0 +1,135 @@
+"""Where a fleet of this machine keeps its files, and the record of the host process that runs it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import psutil
+
+RUN_VARIABLE = "TANDEM_RUN"
+"""Set in the environment of every process of a run, so that exactly these can be found again."""
+
+
+class HostRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """The host process of a running fleet, as `host.json`."""
+
+    pid: int
+    created: float
+    """Start time of the process (Unix seconds): tells it from a later one with the same PID."""
+    run: str
+    """Value of `TANDEM_RUN` in all its processes."""
+    scratch: str
+    """Folder of sockets and of Ray's session: short, because a Unix socket's path may have 107 bytes."""
+    store: str
+    """URL of the store."""
+    ray: str = ""
+    """Address of the Ray cluster, once it is up."""
+    namespace: str = ""
+    """Ray namespace of the fleet's actors."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether that very process still runs."""
+        try:
+            process = psutil.Process(self.pid)
+            return abs(process.create_time() - self.created) < 1 and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+
+class AlreadyRunningError(RuntimeError):
+    """Another host process runs a fleet of this name."""
+
+
+def state_home() -> Path:
+    """`$TANDEM_HOME`, else the user's state folder by the XDG convention."""
+    if home := os.environ.get("TANDEM_HOME"):
+        return Path(home)
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "tandem"
+
+
+class RunFolder:
+    """The folder of one fleet: `host.json`, `logs/`, the embedded store, the tiny model."""
+
+    def __init__(self, fleet: str) -> None:
+        self.fleet = fleet
+        self.path = state_home() / fleet
+        self.logs = self.path / "logs"
+        self.store = self.path / "store"
+        self._record = self.path / "host.json"
+
+    def record(self) -> HostRecord | None:
+        """The last host's record, or None if there is none."""
+        try:
+            return msgspec.json.decode(self._record.read_bytes(), type=HostRecord)
+        except (FileNotFoundError, msgspec.DecodeError):
+            return None
+
+    def write(self, record: HostRecord) -> None:
+        """Replace the record."""
+        draft = self._record.with_suffix(".new")
+        draft.write_bytes(msgspec.json.format(msgspec.json.encode(record)))
+        draft.replace(self._record)
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Be the only host of this fleet. Raises `AlreadyRunningError`."""
+        self.logs.mkdir(parents=True, exist_ok=True)
+        with open(self.path / "lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                record = self.record()
+                who = f" (PID {record.pid})" if record else ""
+                raise AlreadyRunningError(
+                    f"a fleet named {self.fleet} already runs here{who}: `tandem status` shows it, `tandem down` stops it"
+                ) from error
+            yield
+
+    def clear(self) -> None:
+        """Forget the last run: its processes, its sockets, its embedded state, its record. Logs stay."""
+        if record := self.record():
+            sweep(record.run)
+            shutil.rmtree(record.scratch, ignore_errors=True)
+        shutil.rmtree(self.store, ignore_errors=True)
+        self._record.unlink(missing_ok=True)
+
+
+def make_scratch() -> Path:
+    """A new folder with a short path, readable by this user only."""
+    return Path(tempfile.mkdtemp(prefix="tandem-"))
+
+
+def processes_of(run: str) -> list[psutil.Process]:
+    """Every process of this user (or, for root, of anyone) that belongs to `run`, except this one."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid != os.getpid() and process.environ().get(RUN_VARIABLE) == run:
+                found.append(process)
+    return found
+
+
+def sweep(run: str, deadline: float = 10.0) -> int:
+    """SIGKILL what is left of `run`; return how many processes that were.
+
+    A process that starts others while it is swept is met again, until none is left or `deadline` seconds have passed.
+    """
+    ends = time.monotonic() + deadline
+    killed: set[int] = set()
+    while (left := processes_of(run)) and time.monotonic() < ends:
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL)
+                killed.add(process.pid)
+        psutil.wait_procs(left, timeout=max(0.0, ends - time.monotonic()))
+    return len(killed)
