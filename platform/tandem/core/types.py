@@ -117,3 +117,19 @@ class GatewayReplica(msgspec.Struct, frozen=True, kw_only=True):
     url: str
     pid: int
     node: str = ""
+
+
+class FleetSnapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """A whole fleet at one revision: what `tandem status --json` prints and the control API tells."""
+
+    name: str = ""
+    model_path: str = ""
+    """Folder of the checkpoint on every node."""
+    model_name: str = ""
+    """The model's name in the API."""
+    model_version: str = ""
+    groups: tuple[Group, ...] = ()
+    desired: tuple[GroupSpec, ...] = ()
+    gateways: tuple[GatewayReplica, ...] = ()
+    revision: int = 0
+    """Rises with every change in the fleet's store; the snapshot holds at least all changes up to it."""

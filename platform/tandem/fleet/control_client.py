@@ -1,0 +1,134 @@
+"""Talks to a fleet's control service, for the CLI and the operator: the fleet's own words in and out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Iterator
+from types import TracebackType
+
+import grpc
+
+from tandem.core.types import DpLoad, FleetSnapshot, GroupSpec
+from tandem.fleet.control_proto import fleet_from_proto, loads_from_proto, spec_from_proto, spec_to_proto
+from tandem.v1 import control_pb2, control_pb2_grpc
+
+_OPTIONS = (
+    # A watch may be silent for long, so a dead peer must be looked for.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.max_receive_message_length", 64 * 2**20),
+)
+
+
+class ControlError(Exception):
+    """A call failed. The message is one sentence that says what to do; `code` is gRPC's name, as `NOT_FOUND`."""
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class ControlClient:
+    """A connection to the control service at `address` (`host:port`). Every call raises `ControlError`."""
+
+    def __init__(self, address: str, *, deadline: float = 10.0) -> None:
+        """Connect at the first call. `deadline`: seconds that each call may take."""
+        self._address = address
+        self._deadline = deadline
+        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._stub = control_pb2_grpc.FleetControlStub(self._channel)
+
+    async def __aenter__(self) -> ControlClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End the connection and every watch."""
+        await self._channel.close(None)
+
+    async def fleet(self) -> FleetSnapshot:
+        """Return the fleet as it is now."""
+        with self._errors():
+            reply = await self._stub.GetFleet(control_pb2.GetFleetRequest(), timeout=self._deadline)
+            return fleet_from_proto(reply.fleet)
+
+    async def watch(self) -> AsyncGenerator[FleetSnapshot, None]:
+        """Yield the fleet now and whenever it is different. The deadline holds for the first one."""
+        with self._errors():
+            call = self._stub.WatchFleet(control_pb2.WatchFleetRequest())
+            replies = aiter(call)
+            try:
+                async with asyncio.timeout(self._deadline):
+                    reply = await anext(replies, None)
+                while reply is not None:
+                    yield fleet_from_proto(reply.fleet)
+                    reply = await anext(replies, None)
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise
+                # Not this task was cancelled, but the call: the client was closed.
+            finally:
+                call.cancel()
+
+    async def put_group(self, spec: GroupSpec) -> GroupSpec:
+        """Let a group exist as `spec` says; return what was noted."""
+        with self._errors():
+            request = control_pb2.PutGroupRequest(spec=spec_to_proto(spec))
+            reply = await self._stub.PutGroup(request, timeout=self._deadline)
+            return spec_from_proto(reply.spec)
+
+    async def cordon(self, group: str, cordoned: bool = True) -> GroupSpec:
+        """Keep new pairs away from a group, or admit them again."""
+        with self._errors():
+            request = control_pb2.CordonGroupRequest(group=group, cordoned=cordoned)
+            reply = await self._stub.CordonGroup(request, timeout=self._deadline)
+            return spec_from_proto(reply.spec)
+
+    async def drain(self, group: str, deadline_s: float | None = None) -> GroupSpec:
+        """Begin to drain a group, for `deadline_s` seconds at most; None = the fleet's own limit."""
+        with self._errors():
+            request = control_pb2.DrainGroupRequest(group=group, deadline_seconds=deadline_s)
+            reply = await self._stub.DrainGroup(request, timeout=self._deadline)
+            return spec_from_proto(reply.spec)
+
+    async def remove(self, group: str) -> None:
+        """Let a group leave at once."""
+        with self._errors():
+            await self._stub.RemoveGroup(control_pb2.RemoveGroupRequest(group=group), timeout=self._deadline)
+
+    async def load(self, group: str | None = None) -> dict[str, tuple[DpLoad, ...]]:
+        """Return the load by DP rank of one group, or of all that can tell."""
+        with self._errors():
+            reply = await self._stub.GetLoad(control_pb2.GetLoadRequest(group=group or ""), timeout=self._deadline)
+            return loads_from_proto(reply.groups)
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except grpc.aio.AioRpcError as error:
+            raise ControlError(self._sentence(error.code(), error.details() or ""), error.code().name) from error
+        except TimeoutError:
+            raise ControlError(
+                self._sentence(grpc.StatusCode.DEADLINE_EXCEEDED, ""), grpc.StatusCode.DEADLINE_EXCEEDED.name
+            ) from None
+        except ValueError as error:
+            # An enum value of a later version, or a number that its field cannot hold.
+            raise ControlError(
+                f"The fleet at {self._address} and this program do not understand each other: {error}.",
+                grpc.StatusCode.INTERNAL.name,
+            ) from error
+
+    def _sentence(self, code: grpc.StatusCode, details: str) -> str:
+        if code is grpc.StatusCode.UNAVAILABLE:
+            return f"The fleet at {self._address} is not available: {details.rstrip('.')}. See that it is up."
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            return f"The fleet at {self._address} did not answer within {self._deadline:g} s."
+        return details or f"The fleet at {self._address} answered {code.name}."
