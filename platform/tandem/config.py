@@ -22,7 +22,9 @@ class _Section(BaseModel):
 class ModelConfig(_Section):
     """What is served."""
 
-    path: Path | None = Field(None, description="Checkpoint folder on every node; none = the tiny model, made on first use.")
+    path: Path | None = Field(
+        None, description="Checkpoint folder on every node; none = the tiny model, made on first use."
+    )
     name: str | None = Field(None, description="Name in the API; none = the folder's name.")
     dtype: Literal["float32", "bfloat16", "auto"] = Field(
         "auto", description="auto = float32 on cpu (exact), the checkpoint's own on cuda."
@@ -36,7 +38,12 @@ class PoolConfig(_Section):
     groups: int = Field(1, ge=0, le=1024, description="Number of groups.")
     nodes: int = Field(2, ge=1, le=64, description="Nodes (ranks) per group.")
     gpus_per_node: int = Field(1, ge=1, le=16, description="GPUs per node; on cpu the engine runs one worker for each.")
-    max_total_tokens: int | None = Field(None, ge=256, description="KV pool per DP rank, in tokens; none = what fits (8,192 on cpu).")
+    redundant_experts: int = Field(
+        0, ge=0, le=1024, description="Further copies of experts, so that a group whose size does not divide them fits."
+    )
+    max_total_tokens: int | None = Field(
+        None, ge=256, description="KV pool per DP rank, in tokens; none = what fits (8,192 on cpu)."
+    )
     args: tuple[str, ...] = Field((), description="Further SGLang flags, appended to Tandem's own.")
     env: dict[str, str] = Field(default_factory=dict, description="Further environment of the engine.")
 

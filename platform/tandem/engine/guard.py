@@ -21,6 +21,7 @@ import ctypes
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import sys
@@ -75,13 +76,16 @@ def _kill_all() -> None:
         select.select([], [], [], 0.005)
 
 
-def run_guarded(owner: socket.socket, engine: Callable[[], None]) -> None:
+def run_guarded(owner: socket.socket, engine: Callable[[], None], scratch: str = "") -> None:
     """Fork `engine`, guard it, and return when nothing of it is left.
 
     Args:
         owner: connected stream socket; see the module's protocol.
         engine: runs in the child as the leader of its own session; the child exits when it returns.
+        scratch: folder of the engine's temporary files, made here and removed at the end; empty = none.
     """
+    if scratch:
+        os.makedirs(scratch, mode=0o700, exist_ok=True)
     os.setsid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -121,6 +125,8 @@ def run_guarded(owner: socket.socket, engine: Callable[[], None]) -> None:
         signal.pidfd_send_signal(exited, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
     _kill_all()
+    if scratch:
+        shutil.rmtree(scratch, ignore_errors=True)
     _tell(owner, {"status": status})
 
 
@@ -150,9 +156,9 @@ def redirect(log: str) -> None:
 
 
 def main() -> None:
-    """`guard.py FD LOG COMMAND…`: guard a command; its owner holds the other end of socket FD."""
+    """`guard.py FD LOG SCRATCH COMMAND…`: guard a command; its owner holds the other end of socket FD."""
     owner = socket.socket(fileno=int(sys.argv[1]))
-    log, command = sys.argv[2], sys.argv[3:]
+    log, scratch, command = sys.argv[2], sys.argv[3], sys.argv[4:]
 
     def engine() -> None:
         redirect(log)
@@ -163,7 +169,7 @@ def main() -> None:
             os._exit(127)
 
     os.set_inheritable(owner.fileno(), False)
-    run_guarded(owner, engine)
+    run_guarded(owner, engine, scratch)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Importing SGLang takes about 12 s of CPU, and one fleet on one machine needs it 
 once: a rank forked from it starts (and restarts after a death) in a few seconds and shares its memory.
 
 `python -m tandem.engine.nursery SOCKET` listens on a Unix socket. A client sends one JSON line
-`{"argv": [SGLang's arguments…], "env": {…}, "log": path}`; from then on it speaks with the guard of its engine (see
+`{"argv": [SGLang's arguments…], "env": {…}, "log": path, "scratch": path}`; from then on it speaks with the guard of its engine (see
 `guard.py`) on the same connection. The engine runs in the client's network namespace. The nursery stops when its
 standard input ends, that is with whoever started it; engines forked from it live on, they belong to their owners.
 """
@@ -77,7 +77,7 @@ def _raise_child(listener: socket.socket, connection: socket.socket) -> None:
         status = 1
         try:
             _join_network(connection)
-            guard.run_guarded(connection, lambda: _engine(request))
+            guard.run_guarded(connection, lambda: _engine(request), str(request["scratch"]))
             status = 0
         finally:
             os._exit(status)

@@ -32,6 +32,14 @@ class EngineCommand:
     argv: tuple[str, ...]
     env: dict[str, str]
     log: Path
+    scratch: Path | None = None
+    """The engine's folder for temporary files (`TMPDIR`): made for it, and removed when it has ended. Unix sockets lie
+    in it, so its path must be short."""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """`env`, and where temporary files go."""
+        return {**self.env, "TMPDIR": str(self.scratch)} if self.scratch else self.env
 
 
 @dataclass(frozen=True)
@@ -150,8 +158,8 @@ async def _execute(command: EngineCommand) -> socket.socket:
     with theirs:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
-            *("-E", "-S", guard.__file__, str(theirs.fileno()), str(command.log), *command.argv),
-            env={**os.environ, **command.env},
+            *("-E", "-S", guard.__file__, str(theirs.fileno()), str(command.log), str(command.scratch or ""), *command.argv),
+            env={**os.environ, **command.environment},
             pass_fds=[theirs.fileno()],
             stdin=asyncio.subprocess.DEVNULL,
         )
@@ -169,7 +177,12 @@ _guards: set[asyncio.Task[int]] = set()
 async def _ask_nursery(nursery: Path, command: EngineCommand, deadline: float) -> socket.socket:
     ours = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     ours.setblocking(False)
-    request = {"argv": list(command.argv[3:]), "env": command.env, "log": str(command.log)}
+    request = {
+        "argv": list(command.argv[3:]),
+        "env": command.environment,
+        "log": str(command.log),
+        "scratch": str(command.scratch or ""),
+    }
     loop = asyncio.get_running_loop()
     try:
         await asyncio.wait_for(loop.sock_connect(ours, str(nursery)), deadline)

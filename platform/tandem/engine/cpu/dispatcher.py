@@ -52,8 +52,10 @@ class GlooDeepEPDispatcher(StandardDispatcher):  # type: ignore[misc]
             ],
             1,
         )
-        block = max(get_dp_global_num_tokens() or [self._owned])
-        self._block = block if block <= LOW_LATENCY_ROWS else 0
+        rows = get_dp_global_num_tokens() or []
+        # All ranks must choose alike, so blocks need the row counts of all of them.
+        agreed = len(rows) == self.moe_ep_size and max(rows) <= LOW_LATENCY_ROWS
+        self._block = max(rows) if agreed else 0
         got = self._ship_blocks(packed) if self._block else self._ship_exactly(packed)
         sent = len(plan.rows) - plan.counts[self.moe_ep_rank]
         on_wire = self._block * (self.moe_ep_size - 1) if self._block else sent

@@ -52,6 +52,7 @@ def hooks() -> tuple[Hook, ...]:
         Hook(
             f"{managers}.data_parallel_controller.DataParallelController.event_loop", idle.wait_for_requests, "around"
         ),
+        Hook(f"{managers}.load_snapshot.shm_path_for", processes.load_file, "around"),
         Hook("sglang.srt.entrypoints.engine._set_envs_and_config", processes.fork_children, "after"),
     )
 

@@ -10,6 +10,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -23,3 +26,9 @@ def fork_children(result: None, *args: Any, **kwargs: Any) -> None:
     """After `_set_envs_and_config`, which asks for spawn."""
     multiprocessing.set_start_method("fork", force=True)
     os.register_at_fork(after_in_child=_default_signals)
+
+
+def load_file(original: Callable[[str], str], ipc_name: str) -> str:
+    """Around `shm_path_for`: the schedulers' load lies in the engine's own temporary folder, not in /dev/shm, where a
+    killed engine would leave it behind."""
+    return str(Path(tempfile.gettempdir()) / Path(original(ipc_name)).name)

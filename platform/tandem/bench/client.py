@@ -1,0 +1,98 @@
+"""A streaming client of the OpenAI API that notes when each piece arrives."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+import orjson
+
+from tandem.engine.http1 import HttpFailure, Pool
+from tandem.engine.sse import SseParser
+
+
+class RequestFailed(Exception):
+    """The server refused, or the stream broke; the message is what it said."""
+
+
+class Piece(msgspec.Struct, frozen=True):
+    """What one event of a stream added."""
+
+    text: str = ""
+    reasoning: str = ""
+    usage: dict[str, Any] | None = None
+    """In the last event, when asked for with `stream_options.include_usage`."""
+    finish_reason: str | None = None
+
+
+class Timing(msgspec.Struct):
+    """One request, timed at the client; seconds."""
+
+    tokens: int = 0
+    """Completion tokens, from the server's usage."""
+    ttft: float = 0.0
+    """Until the first piece."""
+    total: float = 0.0
+
+    @property
+    def itl(self) -> float:
+        """Mean seconds between tokens after the first piece."""
+        return (self.total - self.ttft) / (self.tokens - 1) if self.tokens > 1 else 0.0
+
+
+async def stream(pool: Pool, base: str, path: str, body: dict[str, Any], *, within: float) -> AsyncIterator[Piece]:
+    """POST `body` with `stream: true`; yield the pieces of the answer.
+
+    Args:
+        within: seconds for the first byte, and between any two.
+
+    Raises:
+        RequestFailed: an error status, an `error` event, or a broken stream.
+    """
+    wanted = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    try:
+        response = await pool.request("POST", base + path, body=orjson.dumps(wanted))
+        try:
+            status = await response.head(within)
+            if status != 200:
+                raise RequestFailed(f"HTTP {status}: {(await response.read(within)).decode(errors='replace')}")
+            parser = SseParser()
+            while (data := await response.chunk(within)) is not None:
+                for event in parser.feed(data):
+                    if event == b"[DONE]":
+                        return
+                    yield _piece(orjson.loads(event))
+        finally:
+            response.close()
+    except HttpFailure as error:
+        raise RequestFailed(str(error)) from error
+    raise RequestFailed("the stream ended without [DONE]")
+
+
+def _piece(event: dict[str, Any]) -> Piece:
+    if "error" in event:
+        raise RequestFailed(str(event["error"].get("message", event["error"])))
+    choices = event.get("choices") or [{}]
+    delta = choices[0].get("delta") or {}
+    return Piece(
+        text=choices[0].get("text") or delta.get("content") or "",
+        reasoning=delta.get("reasoning_content") or "",
+        usage=event.get("usage"),
+        finish_reason=choices[0].get("finish_reason"),
+    )
+
+
+async def timed(pool: Pool, base: str, path: str, body: dict[str, Any], *, within: float = 60.0) -> Timing:
+    """Run one request to its end."""
+    started = time.perf_counter()
+    timing = Timing()
+    async for piece in stream(pool, base, path, body, within=within):
+        now = time.perf_counter() - started
+        if not timing.ttft and (piece.text or piece.reasoning):
+            timing.ttft = now
+        if piece.usage:
+            timing.tokens = int(piece.usage["completion_tokens"])
+        timing.total = now
+    return timing
