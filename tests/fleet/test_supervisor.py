@@ -25,7 +25,9 @@ orphan = "import os,time; os.setsid(); time.sleep(600)"
 p = subprocess.Popen([sys.executable, "-c", "import subprocess,sys; subprocess.Popen([sys.executable,'-c',%r])" % orphan])
 p.wait(); print("ready", flush=True); time.sleep(600)
 """
-STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(600)"
+STUBBORN = (
+    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(600)"
+)
 OWNER = """
 import asyncio, sys
 from pathlib import Path
@@ -117,9 +119,7 @@ async def owned(log: Path, started: list[asyncio.subprocess.Process]) -> tuple[a
     return process, int(await asyncio.wait_for(process.stdout.readline(), 10))
 
 
-async def test_the_engine_dies_with_an_owner_that_is_killed(
-    log: Path, owner: list[asyncio.subprocess.Process]
-) -> None:
+async def test_the_engine_dies_with_an_owner_that_is_killed(log: Path, owner: list[asyncio.subprocess.Process]) -> None:
     process, engine = await owned(log, owner)
     await until_logged(log, "ready")
     process.kill()

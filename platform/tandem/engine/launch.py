@@ -169,7 +169,6 @@ FLAGS: tuple[_Row, ...] = (
 
 ENVIRONMENT: tuple[_Row, ...] = (
     _Row("TOKENIZERS_PARALLELISM", "false", _always),
-    _Row("TANDEM_CPU_ENGINE", 1, _cpu),  # switches our plug-in on
     # What must be set before the engine is imported is in `engine/cpu/launch_server.py`.
     # SGLang wants a core list per local worker, or one NUMA node each; without its AMX kernels, nothing is really bound.
     _Row("SGLANG_CPU_OMP_THREADS_BIND", lambda x: "|".join(map(str, range(x.layout.gpus_per_node))), _cpu),

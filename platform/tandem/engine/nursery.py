@@ -3,7 +3,8 @@
 Importing SGLang takes about 12 s of CPU, and one fleet on one machine needs it in every rank. The nursery pays it
 once: a rank forked from it starts (and restarts after a death) in a few seconds and shares its memory.
 
-`python -m tandem.engine.nursery SOCKET` listens on a Unix socket. A client sends one JSON line
+`python -m tandem.engine.nursery FD METRICS` accepts on the listening Unix socket FD, which whoever started it has made:
+a client may connect while the engine is still being imported, and waits. METRICS is an empty folder. A client sends one JSON line
 `{"argv": [SGLang's arguments…], "env": {…}, "log": path, "scratch": path}`; from then on it speaks with the guard of its engine (see
 `guard.py`) on the same connection. The engine runs in the client's network namespace. The nursery stops when its
 standard input ends, that is with whoever started it; engines forked from it live on, they belong to their owners.
@@ -20,7 +21,6 @@ import signal
 import socket
 import struct
 import sys
-from pathlib import Path
 
 from tandem.engine import guard
 from tandem.engine.cpu import launch_server
@@ -86,31 +86,28 @@ def _raise_child(listener: socket.socket, connection: socket.socket) -> None:
 def main() -> None:
     """Entry point of the module."""
     os.environ.update(launch_server.ENVIRONMENT)
-    path = Path(sys.argv[1])
     # prometheus_client chooses its multi-process mode at import; each engine brings a folder of its own.
-    metrics = path.with_suffix(".metrics")
-    metrics.mkdir(parents=True, exist_ok=True)
-    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(metrics)
-    try:
-        launch_server.prepare()
-    except EngineError as error:
-        sys.exit(f"tandem: {error}")
-    gc.collect()
-    gc.freeze()  # keeps the collector from touching, and so copying, pages that engines share
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        path.unlink(missing_ok=True)
-        listener.bind(str(path))
-        listener.listen(64)
-        while True:
-            ready, _, _ = select.select([listener, 0], [], [])
-            if 0 in ready and not os.read(0, 4096):
-                path.unlink(missing_ok=True)
-                return
-            if listener in ready:
-                connection, _ = listener.accept()
-                with connection:
-                    _raise_child(listener, connection)
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = sys.argv[2]
+    with socket.socket(fileno=int(sys.argv[1])) as listener:
+        try:
+            launch_server.prepare()
+        except EngineError as error:
+            sys.exit(f"tandem: {error}")
+        gc.collect()
+        gc.freeze()  # keeps the collector from touching, and so copying, pages that engines share
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        _accept(listener)
+
+
+def _accept(listener: socket.socket) -> None:
+    while True:
+        ready, _, _ = select.select([listener, 0], [], [])
+        if 0 in ready and not os.read(0, 4096):
+            return
+        if listener in ready:
+            connection, _ = listener.accept()
+            with connection:
+                _raise_child(listener, connection)
 
 
 if __name__ == "__main__":

@@ -81,13 +81,14 @@ class EngineProcess:
 
     @classmethod
     async def start(
-        cls, command: EngineCommand, *, nursery: Path | None = None, deadline: float = 30.0
+        cls, command: EngineCommand, *, nursery: Path | None = None, deadline: float = 60.0
     ) -> EngineProcess:
         """Start `command` under a guard.
 
         Args:
             nursery: socket of the machine's nursery. It is used for `python -m tandem.engine.cpu.launch_server …`
-                when it answers; otherwise the command is executed, which takes longer.
+                while something listens there, though it may still be importing; otherwise, and when it dies, the
+                command is executed, which takes longer.
             deadline: seconds until the process must be running (not yet serving).
 
         Raises:
@@ -96,17 +97,27 @@ class EngineProcess:
         command.log.parent.mkdir(parents=True, exist_ok=True)
         if nursery is not None and command.argv[1:3] == NURSERY_MODULE:
             ours = await _ask_nursery(nursery, command, deadline)
-        else:
-            ours = await _execute(command)
+            if ours and (forked := await cls._greet(command, ours, deadline)):
+                return forked
+        executed = await cls._greet(command, await _execute(command), deadline)
+        if executed is None:
+            raise StartError(f"the guard of {command.argv[0]} died at once; see {command.log}")
+        return executed
+
+    @classmethod
+    async def _greet(cls, command: EngineCommand, ours: socket.socket, deadline: float) -> EngineProcess | None:
+        """Wait for the guard's first word; None if it dies before that. Raises `StartError`."""
         reader, writer = await asyncio.open_connection(sock=ours)
         try:
             line = await asyncio.wait_for(reader.readline(), deadline)
+        except ConnectionError:
+            line = b""
         except TimeoutError as error:
             writer.close()
             raise StartError(f"no engine process after {deadline:.0f} s: {' '.join(command.argv[:4])} …") from error
         if not line:
             writer.close()
-            raise StartError(f"the guard of {command.argv[0]} died at once; see {command.log}")
+            return None
         return cls(int(json.loads(line)["pid"]), reader, writer)
 
     @property
@@ -174,7 +185,8 @@ _guards: set[asyncio.Task[int]] = set()
 """Keeps the tasks that reap guards alive."""
 
 
-async def _ask_nursery(nursery: Path, command: EngineCommand, deadline: float) -> socket.socket:
+async def _ask_nursery(nursery: Path, command: EngineCommand, deadline: float) -> socket.socket | None:
+    """Connect and send the request; None if nobody listens."""
     ours = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     ours.setblocking(False)
     request = {
@@ -189,7 +201,7 @@ async def _ask_nursery(nursery: Path, command: EngineCommand, deadline: float) -
         await asyncio.wait_for(loop.sock_sendall(ours, json.dumps(request).encode() + b"\n"), deadline)
     except (OSError, TimeoutError):
         ours.close()
-        return await _execute(command)
+        return None
     return ours
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,20 +14,27 @@ from pathlib import Path
 class NurseryProcess:
     """The running nursery. It ends with this process, also when that is killed: its standard input ends then."""
 
-    socket: Path
+    path: Path
+    """Its socket."""
     process: asyncio.subprocess.Process
 
     @classmethod
-    async def start(cls, socket: Path, log: Path) -> NurseryProcess:
-        """Start it; it answers when `socket` exists, some seconds later. Ranks do without it until then."""
-        with open(log, "ab") as output:
+    async def start(cls, folder: Path, log: Path) -> NurseryProcess:
+        """Start it with its socket in `folder`, of a short path. Clients may connect at once; it answers when it has
+        imported the engine, some seconds later."""
+        path, metrics = folder / "nursery", folder / "nursery-metrics"
+        metrics.mkdir()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener, open(log, "ab") as output:
+            listener.bind(str(path))
+            listener.listen(64)
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "tandem.engine.nursery", str(socket)),
+                *(sys.executable, "-m", "tandem.engine.nursery", str(listener.fileno()), str(metrics)),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=output,
                 stderr=output,
+                pass_fds=[listener.fileno()],
             )
-        return cls(socket, process)
+        return cls(path, process)
 
     async def stop(self, deadline: float = 5.0) -> None:
         """End it."""

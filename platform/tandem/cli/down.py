@@ -1,0 +1,47 @@
+"""`tandem down`: stop the fleet, and make sure that nothing of it is left."""
+
+from __future__ import annotations
+
+import signal
+
+import psutil
+from rich.console import Console
+
+from tandem.cli.running import FleetName, fail
+from tandem.fleet.run_folder import RunFolder
+
+STOP_DEADLINE_S = 90.0
+
+
+def down(fleet: FleetName = "laptop") -> None:
+    """Stop the fleet and everything that belongs to it."""
+    folder = RunFolder(fleet)
+    record = folder.record()
+    console = Console()
+    if record is None:
+        console.print(f"no fleet named {fleet} runs on this machine")
+        return
+    with console.status(f"stopping fleet {fleet} …"):
+        clean = True
+        if record.alive:
+            clean = end_host(folder, psutil.Process(record.pid))
+        else:
+            folder.clear()
+    if not clean:
+        fail(f"the fleet did not stop within {STOP_DEADLINE_S:.0f} s and was killed; {folder.logs} says why")
+    console.print(f"fleet {fleet} is down; its logs stay in {folder.logs}")
+
+
+def end_host(folder: RunFolder, host: psutil.Process) -> bool:
+    """Ask the host to stop, wait, and sweep what is left. False: it had to be killed."""
+    clean = True
+    try:
+        host.send_signal(signal.SIGTERM)
+        host.wait(STOP_DEADLINE_S)
+    except psutil.TimeoutExpired:
+        host.kill()
+        clean = False
+    except psutil.NoSuchProcess:
+        clean = True
+    folder.clear()
+    return clean

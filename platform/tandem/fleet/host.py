@@ -1,0 +1,315 @@
+"""The host process of a fleet: what `tandem up` starts, and what everything else belongs to.
+
+`python -m tandem.fleet.host [--lifeline]` reads the configuration (one JSON line) from standard input, starts the
+fleet, tells its progress on standard output (see `progress.py`) and runs until SIGTERM. With `--lifeline` it also
+stops when standard input ends, that is when the command that started it does.
+
+On a machine of its own it starts Ray and the nursery; with `ray.address` set it only brings controller and gateway to
+that cluster.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+
+from tandem.config import FleetConfig
+from tandem.core.group import Policy
+from tandem.core.layout import LayoutError
+from tandem.core.shape import ShapeError
+from tandem.core.types import GroupState, Role
+from tandem.fleet.cluster import ClusterError, LocalCluster, connect, disconnect, nodes_for
+from tandem.fleet.nursery import NurseryProcess
+from tandem.fleet.plan import plan_pool, read_shape, wanted_groups
+from tandem.fleet.progress import Failed, Groups, Ready, Step, Teller
+from tandem.fleet.run_folder import (
+    RUN_VARIABLE,
+    AlreadyRunningError,
+    HostRecord,
+    RunFolder,
+    make_scratch,
+    sweep,
+)
+from tandem.fleet.snapshot import DESIRED, FLEET_KEY, FleetRecord, watch_snapshots
+from tandem.models.tiny import ensure_tiny
+from tandem.state import Store, StoreError, open_store
+
+log = logging.getLogger(__name__)
+
+
+CONTROLLER_DEADLINE_S = 60.0
+GATEWAY_DEADLINE_S = 120.0
+STATE_PREFIXES = ("desired/", "groups/", "gateways/", "control")
+"""What an earlier run may have left in a store that outlives it; of a Ray cluster that was its own, nothing lives."""
+
+
+class HostError(RuntimeError):
+    """The fleet cannot start or go on; the message is one sentence."""
+
+
+class Host:
+    """Starts the parts of a fleet in order, and ends them in the opposite one."""
+
+    def __init__(self, config: FleetConfig, folder: RunFolder, teller: Teller) -> None:
+        self._config = config
+        self._folder = folder
+        self._teller = teller
+        self._began = time.monotonic()
+        self._namespace = config.ray.namespace or f"tandem-{config.name}"
+        self._model_path = config.model.path or folder.path / "models" / "tiny"
+        self._model_name = config.model.name or self._model_path.name
+        self._run = uuid.uuid4().hex
+        self._scratch = make_scratch()
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Start everything, then wait for `stop`. Raises `HostError` when the fleet cannot go on."""
+        async with AsyncExitStack() as stack:
+            stack.callback(self._end)
+            os.environ[RUN_VARIABLE] = self._run  # every process from here on inherits it
+            self._write_record()
+            await self._make_model()
+            nursery = await self._start_nursery(stack)
+            cluster = stack.enter_context(self._ray())
+            store = await self._open_store(stack)
+            await self._start_controller(stack, nursery)
+            gateway = asyncio.create_task(self._gateway(stack), name="gateway")
+            told = asyncio.create_task(self._tell_progress(store, gateway), name="progress")
+            broken = asyncio.create_task(self._tend(cluster), name="cluster")
+            stopped = asyncio.create_task(stop.wait(), name="stop")
+            tasks = {gateway, told, broken, stopped}
+            try:
+                await self._until_over(tasks, stopped)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _until_over(self, tasks: set[asyncio.Task[Any]], stopped: asyncio.Task[Any]) -> None:
+        """Wait for the stop; a task that fails first ends the fleet with its error."""
+        while not stopped.done():
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+            tasks -= done
+
+    @contextmanager
+    def _step(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        self._teller.tell(Step(name))
+        yield
+        self._teller.tell(Step(name, time.monotonic() - began))
+
+    def _write_record(self, ray: str = "") -> None:
+        self._folder.write(
+            HostRecord(
+                pid=os.getpid(),
+                created=psutil.Process().create_time(),
+                run=self._run,
+                scratch=str(self._scratch),
+                store=self._config.state.url,
+                ray=ray,
+                namespace=self._namespace,
+            )
+        )
+
+    async def _make_model(self) -> None:
+        """Make the tiny model unless another is configured, and check that every pool can run the model."""
+        if self._config.model.path is None:
+            with self._step("model: the tiny one"):
+                await asyncio.to_thread(ensure_tiny, self._model_path)
+        try:
+            shape = await asyncio.to_thread(read_shape, self._model_path)
+            for role in Role:
+                plan_pool(self._config, role, shape)
+        except OSError as error:
+            raise HostError(f"{self._model_path} holds no model: {error}") from error
+        except (LayoutError, ShapeError) as error:
+            raise HostError(str(error)) from error
+
+    async def _start_nursery(self, stack: AsyncExitStack) -> Path | None:
+        """On this machine's CPU, import the engine once for all ranks. It goes on while the rest starts."""
+        if self._config.device != "cpu" or self._config.ray.address:
+            return None
+        nursery = await NurseryProcess.start(self._scratch, self._folder.logs / "nursery.log")
+        stack.push_async_callback(nursery.stop)
+        return nursery.path
+
+    @contextmanager
+    def _ray(self) -> Iterator[LocalCluster | None]:
+        """Connect to Ray; on this machine, start it first."""
+        address, cluster = self._config.ray.address, None
+        try:
+            with self._step("Ray"):
+                if address is None:
+                    ranks = {spec.group: spec.nodes for spec in wanted_groups(self._config)}
+                    cluster = LocalCluster.start(self._scratch, nodes_for(ranks))
+                    address = cluster.address
+                self._write_record(address)
+                connect(address, namespace=self._namespace)
+        except ClusterError as error:
+            raise HostError(str(error)) from error
+        try:
+            yield cluster
+        finally:
+            disconnect()
+            if cluster:
+                cluster.stop()
+
+    async def _open_store(self, stack: AsyncExitStack) -> Store:
+        """Open the store and write what the fleet has in common, and the groups that it wants."""
+        store = await open_store(self._config.state.url, fleet=self._config.name, folder=self._folder.store)
+        stack.push_async_callback(store.close)
+        if self._config.ray.address is None:
+            for prefix in STATE_PREFIXES:
+                for entry in await store.list(prefix):
+                    await store.delete(entry.key)
+        await store.put(FLEET_KEY, msgspec.json.encode(self._fleet_record()))
+        for spec in wanted_groups(self._config):
+            await store.put(f"{DESIRED}{spec.group}", msgspec.json.encode(spec))
+        return store
+
+    def _fleet_record(self) -> FleetRecord:
+        return FleetRecord(
+            name=self._config.name,
+            model_path=str(self._model_path),
+            model_name=self._model_name,
+            model_version=self._config.model.version,
+        )
+
+    async def _start_controller(self, stack: AsyncExitStack, nursery: Path | None) -> None:
+        """Start the controller; the groups begin to start with it."""
+        import ray
+
+        from tandem.fleet.controller import ControllerSettings, start_controller
+        from tandem.fleet.engines import SglangEngines
+        from tandem.fleet.hands import HandsSettings
+        from tandem.fleet.rank import RankSettings
+
+        config = self._config
+        ranks = RankSettings(
+            logs=str(self._folder.logs), scratch=str(self._scratch), nursery=str(nursery) if nursery else ""
+        )
+        settings = ControllerSettings(
+            fleet=self._fleet_record(),
+            store_url=config.state.url,
+            store_folder=str(self._folder.store),
+            engines=SglangEngines(config, model=self._model_path, name=self._model_name),
+            hands=HandsSettings(rank=ranks, stop_grace=config.timeouts.stop_s),
+            policy=Policy(start=config.timeouts.group_start_s),
+            drain=config.timeouts.drain_s,
+            control_host=config.control.host,
+            control_port=config.control.port,
+            log=str(self._folder.logs / "controller.log"),
+        )
+        with self._step("controller"):
+            controller = await asyncio.to_thread(start_controller, settings)
+            try:
+                await asyncio.to_thread(
+                    ray.get, controller.ready.remote(CONTROLLER_DEADLINE_S), timeout=CONTROLLER_DEADLINE_S + 5
+                )
+            except (ray.exceptions.RayError, TimeoutError) as error:
+                raise HostError(f"the controller did not start: {error}") from error
+
+    async def _gateway(self, stack: AsyncExitStack) -> None:
+        """Start the gateways; they wait for groups by themselves."""
+        from tandem.gateway.deployment import deploy, remove
+
+        with self._step("gateway"):
+            stack.push_async_callback(asyncio.to_thread, remove)
+            try:
+                await asyncio.to_thread(
+                    deploy,
+                    self._config,
+                    model_path=self._model_path,
+                    store_url=self._config.state.url,
+                    folder=self._folder.store,
+                    deadline=GATEWAY_DEADLINE_S,
+                )
+            except RuntimeError as error:
+                raise HostError(str(error)) from error
+
+    async def _tend(self, cluster: LocalCluster | None) -> None:
+        if cluster is not None:
+            raise HostError(await cluster.tend())
+        await asyncio.Event().wait()
+
+    async def _tell_progress(self, store: Store, gateway: asyncio.Task[None]) -> None:
+        """Tell every change of the groups; tell once that all is ready."""
+        ready = False
+        async for snapshot in watch_snapshots(store):
+            self._teller.tell(Groups(snapshot.groups))
+            wanted = {spec.group for spec in snapshot.desired}
+            up = {group.group for group in snapshot.groups if group.state is GroupState.READY}
+            if not ready and wanted <= up and snapshot.gateways:
+                await asyncio.wait_for(asyncio.shield(gateway), GATEWAY_DEADLINE_S)
+                ready = True
+                control = await store.get("control")
+                self._teller.tell(
+                    Ready(
+                        http=snapshot.gateways[0].url,
+                        control=msgspec.json.decode(control.value)["address"] if control else "",
+                        seconds=time.monotonic() - self._began,
+                    )
+                )
+
+    def _end(self) -> None:
+        """Make sure that nothing is left."""
+        if left := sweep(self._run):
+            log.warning("%d processes had to be killed at the end", left)
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+async def _lifeline(stop: asyncio.Event) -> None:
+    """Set `stop` when standard input ends."""
+    reader = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    while await reader.read(4096):
+        pass
+    stop.set()
+
+
+async def _main(config: FleetConfig, teller: Teller, *, lifeline: bool) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    watcher = asyncio.create_task(_lifeline(stop)) if lifeline else None
+    folder = RunFolder(config.name)
+    with folder.hold():
+        folder.clear()
+        await Host(config, folder, teller).run(stop)
+    if watcher:
+        watcher.cancel()
+
+
+def main() -> None:
+    """Entry point of the module."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    config = FleetConfig.model_validate_json(sys.stdin.buffer.readline())
+    # Libraries print to standard output, where our messages go: give them standard error instead.
+    messages = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    teller = Teller(messages)
+    try:
+        asyncio.run(_main(config, teller, lifeline="--lifeline" in sys.argv[1:]))
+    except (HostError, AlreadyRunningError, StoreError) as error:
+        log.error("%s", error)
+        teller.tell(Failed(str(error)))
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
