@@ -29,7 +29,7 @@ def test_every_hook_takes_on_the_pinned_engine() -> None:
 
 def test_without_the_switch_nothing_is_hooked() -> None:
     done = python(
-        f"from tandem.engine.cpu import plugin; plugin.register(); import sys; assert not any(m.startswith('sglang') for m in sys.modules)"
+        "from tandem.engine.cpu import plugin; plugin.register(); import sys; assert not any(m.startswith('sglang') for m in sys.modules)"
     )
     assert done.returncode == 0, done.stderr
 

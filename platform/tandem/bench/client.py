@@ -22,6 +22,8 @@ class Piece(msgspec.Struct, frozen=True):
 
     text: str = ""
     reasoning: str = ""
+    token_ids: tuple[int, ...] = ()
+    """With `return_token_ids` in the request."""
     usage: dict[str, Any] | None = None
     """In the last event, when asked for with `stream_options.include_usage`."""
     finish_reason: str | None = None
@@ -74,11 +76,12 @@ async def stream(pool: Pool, base: str, path: str, body: dict[str, Any], *, with
 def _piece(event: dict[str, Any]) -> Piece:
     if "error" in event:
         raise RequestFailed(str(event["error"].get("message", event["error"])))
-    choices = event.get("choices") or [{}]
+    choices = event.get("choices") or [{}]  # the event with the usage has none
     delta = choices[0].get("delta") or {}
     return Piece(
         text=choices[0].get("text") or delta.get("content") or "",
         reasoning=delta.get("reasoning_content") or "",
+        token_ids=tuple(choices[0].get("token_ids") or ()),
         usage=event.get("usage"),
         finish_reason=choices[0].get("finish_reason"),
     )

@@ -53,6 +53,8 @@ class Rank(msgspec.Struct, frozen=True, kw_only=True):
     """Path of the engine's log file on its node."""
     detail: str = ""
     """What it is doing, or how it died, in one sentence."""
+    metrics: str = ""
+    """URL of what its engine has counted, in Prometheus' text format. Empty while there is none."""
 
 
 class Group(msgspec.Struct, frozen=True, kw_only=True):

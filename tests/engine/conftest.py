@@ -1,0 +1,55 @@
+"""Tests with the real engine. They share one fleet: the default one, prefill EP2 and decode EP2 on four logical nodes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.fleet import Fleet, running
+from support.oracle import Oracle
+from tandem.config import ControlConfig, FleetConfig, GatewayConfig, ModelConfig
+from tandem.models.tiny import ensure_tiny
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the tests' fleets keep their files, instead of the user's own folder."""
+    folder = tmp_path_factory.mktemp("tandem")
+    before = os.environ.get("TANDEM_HOME")
+    os.environ["TANDEM_HOME"] = str(folder)
+    yield folder
+    os.environ.pop("TANDEM_HOME")
+    if before is not None:
+        os.environ["TANDEM_HOME"] = before
+
+
+@pytest.fixture(scope="session")
+def tiny(home: Path) -> Path:
+    """The tiny model, seed 0."""
+    ensure_tiny(home / "tiny")
+    return home / "tiny"
+
+
+@pytest.fixture(scope="session")
+def oracle(tiny: Path) -> Oracle:
+    return Oracle(tiny)
+
+
+@pytest.fixture(scope="session")
+def fleet(tiny: Path) -> Iterator[Fleet]:
+    """The shared fleet. Tests that kill something wait until it is whole again."""
+    with running(ephemeral("shared", tiny)) as fleet:
+        yield fleet
+
+
+def ephemeral(name: str, model: Path) -> FleetConfig:
+    """The default fleet on free ports."""
+    return FleetConfig(
+        name=name,
+        model=ModelConfig(path=model),
+        gateway=GatewayConfig(port=0),
+        control=ControlConfig(port=0),
+    )
