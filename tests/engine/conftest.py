@@ -1,4 +1,4 @@
-"""Tests with the real engine. They share one fleet: the default one, prefill EP2 and decode EP2 on four logical nodes."""
+"""Tests with the real engine. They share one fleet: prefill EP2 and decode EP2 on four logical nodes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from support.fleet import Fleet, running
+from support.fleet import Fleet, ephemeral, running
 from support.oracle import Oracle
-from tandem.config import ControlConfig, FleetConfig, GatewayConfig, ModelConfig
 from tandem.models.tiny import ensure_tiny
 
 
@@ -43,13 +42,3 @@ def fleet(tiny: Path) -> Iterator[Fleet]:
     """The shared fleet. Tests that kill something wait until it is whole again."""
     with running(ephemeral("shared", tiny)) as fleet:
         yield fleet
-
-
-def ephemeral(name: str, model: Path) -> FleetConfig:
-    """The default fleet on free ports."""
-    return FleetConfig(
-        name=name,
-        model=ModelConfig(path=model),
-        gateway=GatewayConfig(port=0),
-        control=ControlConfig(port=0),
-    )

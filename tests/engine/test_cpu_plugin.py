@@ -20,7 +20,8 @@ def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 def test_every_hook_takes_on_the_pinned_engine() -> None:
     done = python(
-        f"from tandem.engine.cpu import launch_server, plugin; launch_server.prepare(); {PATCHED}; print(len(plugin.hooks()))",
+        "from tandem.engine.cpu import launch_server, plugin; launch_server.prepare(); "
+        f"{PATCHED}; print(len(plugin.hooks()))",
         **ENVIRONMENT,
     )
     applied, registered = done.stdout.split()[-2:]
@@ -29,7 +30,8 @@ def test_every_hook_takes_on_the_pinned_engine() -> None:
 
 def test_without_the_switch_nothing_is_hooked() -> None:
     done = python(
-        "from tandem.engine.cpu import plugin; plugin.register(); import sys; assert not any(m.startswith('sglang') for m in sys.modules)"
+        "from tandem.engine.cpu import plugin; plugin.register(); "
+        "import sys; assert not any(name.startswith('sglang') for name in sys.modules)"
     )
     assert done.returncode == 0, done.stderr
 
@@ -37,7 +39,8 @@ def test_without_the_switch_nothing_is_hooked() -> None:
 def test_a_hook_that_does_not_take_stops_the_engine_with_one_sentence() -> None:
     breaking = (
         "import sys; from tandem.engine.cpu import launch_server, plugin; real = plugin.hooks; "
-        "plugin.hooks = lambda: (*real(), plugin.Hook('sglang.srt.managers.scheduler.Scheduler.gone', print, 'after')); "
+        "plugin.hooks = lambda: (*real(), "
+        "plugin.Hook('sglang.srt.managers.scheduler.Scheduler.gone', print, 'after')); "
         "launch_server.main()"
     )
     done = python(breaking)

@@ -19,13 +19,23 @@ import psutil
 from tandem.bench.client import stream
 from tandem.cli.status import full_status
 from tandem.cli.up import start_host
-from tandem.config import FleetConfig
+from tandem.config import ControlConfig, FleetConfig, GatewayConfig, ModelConfig
 from tandem.engine.http1 import Pool
 from tandem.fleet.counters import Counters, total
 from tandem.fleet.progress import Failed, Message, Ready, read_message
 from tandem.fleet.run_folder import RunFolder, processes_of
 
 START_S = 150.0
+
+
+def ephemeral(name: str, model: Path) -> FleetConfig:
+    """The default fleet on free ports."""
+    return FleetConfig(
+        name=name,
+        model=ModelConfig(path=model),
+        gateway=GatewayConfig(port=0),
+        control=ControlConfig(port=0),
+    )
 
 
 class Fleet:

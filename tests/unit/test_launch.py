@@ -56,6 +56,7 @@ def test_a_laptops_decode_leader() -> None:
         " --disaggregation-mode decode --disaggregation-transfer-backend nixl"
         " --dtype float32 --page-size 1 --max-total-tokens 8192 --incremental-streaming-output"
         " --device cpu --attention-backend torch_native --sleep-on-idle --skip-server-warmup"
+        " --disable-overlap-schedule"
     )
 
 

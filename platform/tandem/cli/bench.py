@@ -15,6 +15,7 @@ from rich.table import Table
 
 from tandem.bench.client import timed
 from tandem.bench.laptop import Report, footprint, speed
+from tandem.cli.console import make_console
 from tandem.cli.running import AsJson, find, run, snapshot_from_store
 from tandem.cli.up import follow, start_host, stop_host
 from tandem.config import ControlConfig, FleetConfig, GatewayConfig
@@ -29,7 +30,7 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="How often each speed is measured, one after the other.")] = 3,
 ) -> None:
     """Start a fleet of the default size and measure it: start, memory, one stream, eight at once."""
-    console = Console(stderr=as_json)
+    console = make_console(stderr=as_json)
     report = Report(cores=len(os.sched_getaffinity(0)))
     began = time.monotonic()
     host = start_host(CONFIG, detach=False)

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from tandem.bench.client import stream
+from tandem.cli.console import make_console
 from tandem.cli.running import FleetName, NotRunning, run, snapshot_from_store
 from tandem.engine.http1 import Pool
 
@@ -28,7 +29,7 @@ def chat(
 
 async def _chat(fleet: str, message: str | None, options: dict[str, Any]) -> None:
     base, model = await endpoint(fleet)
-    console = Console()
+    console = make_console()
     conversation: list[dict[str, str]] = []
     pool = Pool()
     try:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tandem.bench.client import Timing, stream
+from tandem.cli.console import make_console
 from tandem.cli.running import run
 from tandem.cli.status import full_status
 from tandem.cli.up import follow, start_host, stop_host
@@ -26,7 +27,7 @@ CONFIG = FleetConfig(name="demo", gateway=GatewayConfig(port=0), control=Control
 
 def demo() -> None:
     """Start a fleet, stream one chat answer, show what happened, stop, leave nothing behind."""
-    console = Console()
+    console = make_console()
     began = time.monotonic()
     host = start_host(CONFIG, detach=False)
     try:

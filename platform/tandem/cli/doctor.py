@@ -16,9 +16,9 @@ from typing import Annotated, NamedTuple
 
 import psutil
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from tandem.cli.console import make_console
 from tandem.config import FleetConfig
 from tandem.engine.cpu.versions import KNOWN
 
@@ -79,7 +79,7 @@ def _show(findings: list[Finding]) -> None:
     for finding in findings:
         colour = colours[finding.verdict]
         table.add_row(f"[{colour}]{finding.verdict}[/]", finding.what, finding.found, finding.advice)
-    Console().print(table)
+    make_console().print(table)
 
 
 def _python() -> Finding:

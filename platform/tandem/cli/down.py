@@ -5,8 +5,8 @@ from __future__ import annotations
 import signal
 
 import psutil
-from rich.console import Console
 
+from tandem.cli.console import make_console
 from tandem.cli.running import FleetName, fail
 from tandem.fleet.run_folder import RunFolder
 
@@ -17,7 +17,7 @@ def down(fleet: FleetName = "laptop") -> None:
     """Stop the fleet and everything that belongs to it."""
     folder = RunFolder(fleet)
     record = folder.record()
-    console = Console()
+    console = make_console()
     if record is None:
         console.print(f"no fleet named {fleet} runs on this machine")
         return

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from tandem.cli.console import make_console
 from tandem.cli.running import FleetName, find, run, with_control
 from tandem.core.types import FleetSnapshot, GroupSpec, GroupState, Role
 from tandem.fleet.control_client import ControlClient, ControlError
@@ -22,7 +22,7 @@ def drain(
     fleet: FleetName = "laptop",
 ) -> None:
     """Take a group out: no new requests, what runs ends, then it stops."""
-    console = Console()
+    console = make_console()
     with console.status(f"draining {group} …"):
         run(with_control(fleet, lambda client: _drain(client, group, deadline, wait)))
     console.print(f"{group} is gone" if wait else f"{group} is draining")
@@ -36,7 +36,7 @@ def scale(
     """Change the number of groups of a pool. Surplus groups are drained, the newest first."""
     find(fleet)
     added, removed = run(with_control(fleet, lambda client: _scale(client, role, groups)))
-    console = Console()
+    console = make_console()
     console.print(f"{role}: {groups} groups" + _list(", starting", added) + _list(", draining", removed))
 
 

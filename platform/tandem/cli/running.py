@@ -8,9 +8,9 @@ from typing import Annotated, Any, NoReturn, TypeVar
 
 import msgspec
 import typer
-from rich.console import Console
 
 from tandem.bench.client import RequestFailed
+from tandem.cli.console import make_console
 from tandem.core.types import FleetSnapshot
 from tandem.fleet.control_client import ControlClient, ControlError
 from tandem.fleet.run_folder import HostRecord, RunFolder
@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 FleetName = Annotated[str, typer.Option("--fleet", help="Name of the fleet (`name` in fleet.yaml).")]
 AsJson = Annotated[bool, typer.Option("--json", help="For machines.")]
 
-errors = Console(stderr=True)
+errors = make_console(stderr=True)
 
 
 class NotRunning(Exception):

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import msgspec
 import typer
-from rich.console import Console
 from rich.live import Live
 
+from tandem.cli.console import make_console
 from tandem.cli.running import AsJson, FleetName, find, run, snapshot_from_store
 from tandem.cli.tables import fleet_view
 from tandem.core.types import DpLoad, FleetSnapshot
@@ -35,7 +35,7 @@ def status(
         run(_watch(fleet))
     else:
         snapshot, loads = run(_read(fleet))
-        Console().print(fleet_view(snapshot, loads, time.time()))
+        make_console().print(fleet_view(snapshot, loads, time.time()))
 
 
 async def full_status(fleet: str) -> dict[str, Any]:
@@ -44,7 +44,7 @@ async def full_status(fleet: str) -> dict[str, Any]:
     folder, record = find(fleet)
     pool = Pool()
     try:
-        urls = [getattr(rank, 'metrics', '') for group in snapshot.groups for rank in group.ranks if getattr(rank, 'metrics', '')]
+        urls = [rank.metrics for group in snapshot.groups for rank in group.ranks if rank.metrics]
         urls += [f"{gateway.url}/metrics" for gateway in snapshot.gateways]
         answers = await asyncio.gather(*(_counters(pool, url) for url in urls))
     finally:
@@ -81,7 +81,7 @@ async def _loads(address: str) -> Loads:
 
 
 async def _watch(fleet: str) -> None:
-    with Live(console=Console(), auto_refresh=False, screen=True) as live:
+    with Live(console=make_console(), auto_refresh=False, screen=True) as live:
         while True:
             snapshot, loads = await _read(fleet)
             live.update(fleet_view(snapshot, loads, time.time()), refresh=True)

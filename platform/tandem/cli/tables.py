@@ -35,8 +35,9 @@ def fleet_view(snapshot: FleetSnapshot, loads: Mapping[str, Sequence[DpLoad]], n
 def group_table(snapshot: FleetSnapshot, loads: Mapping[str, Sequence[DpLoad]], now: float) -> Table:
     """One line a group and one a rank."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("group", "epoch", "state", "for", "address", "running", "waiting", "KV used", "what"):
-        table.add_column(column, overflow="fold")
+    for column in ("group", "epoch", "state", "for", "address", "running", "waiting", "KV used"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("what", overflow="fold")
     for group in snapshot.groups:
         load = loads.get(group.group, ())
         table.add_row(

@@ -18,6 +18,7 @@ from rich.live import Live
 from rich.spinner import Spinner
 from rich.text import Text
 
+from tandem.cli.console import make_console
 from tandem.cli.down import end_host
 from tandem.cli.running import fail
 from tandem.cli.tables import group_table
@@ -34,7 +35,7 @@ def up(
 ) -> None:
     """Start a fleet and show how each rank comes up. Ctrl-C stops it, unless detached."""
     config = read_config(file)
-    console = Console()
+    console = make_console()
     host = start_host(config, detach=detach)
     try:
         ready = follow(host, console)

@@ -80,10 +80,6 @@ def _decode(launch: _Launch) -> bool:
     return launch.layout.role is Role.DECODE
 
 
-def _cpu_prefill(launch: _Launch) -> bool:
-    return _cpu(launch) and _prefill(launch)
-
-
 def _several_gpus(launch: _Launch) -> bool:
     return launch.plan.tp > 1
 
@@ -163,8 +159,9 @@ FLAGS: tuple[_Row, ...] = (
     _Row("--sleep-on-idle", True, _cpu),
     # Nothing to compile, so a warm-up only delays readiness.
     _Row("--skip-server-warmup", True, _cpu),
-    # The overlapped scheduler takes a torch.cuda.Event when a prefix is cached.
-    _Row("--disable-overlap-schedule", True, _cpu_prefill),
+    # Overlap hides the scheduler behind a GPU. On a CPU there is nothing to hide behind: each stream would compute one
+    # step too many, and prefill would take a torch.cuda.Event when a prefix is cached.
+    _Row("--disable-overlap-schedule", True, _cpu),
 )
 
 ENVIRONMENT: tuple[_Row, ...] = (

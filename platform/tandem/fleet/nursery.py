@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import sys
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ class NurseryProcess:
         imported the engine, some seconds later."""
         path, metrics = folder / "nursery", folder / "nursery-metrics"
         metrics.mkdir()
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener, open(log, "ab") as output:
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener, os.fdopen(output, "ab"):
             listener.bind(str(path))
             listener.listen(64)
             process = await asyncio.create_subprocess_exec(

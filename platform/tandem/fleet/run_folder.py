@@ -91,7 +91,8 @@ class RunFolder:
                 record = self.record()
                 who = f" (PID {record.pid})" if record else ""
                 raise AlreadyRunningError(
-                    f"a fleet named {self.fleet} already runs here{who}: `tandem status` shows it, `tandem down` stops it"
+                    f"a fleet named {self.fleet} already runs here{who}: "
+                    "`tandem status` shows it, `tandem down` stops it"
                 ) from error
             yield
 
@@ -110,13 +111,18 @@ def make_scratch() -> Path:
 
 
 def processes_of(run: str) -> list[psutil.Process]:
-    """Every process of this user (or, for root, of anyone) that belongs to `run`, except this one."""
-    found = []
+    """Every process that belongs to `run`, except this one: those with its mark, and all below them.
+
+    SGLang's workers write their titles over their environment, so the mark alone does not find them; the guard above
+    each of them keeps it.
+    """
+    found: dict[int, psutil.Process] = {}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if process.pid != os.getpid() and process.environ().get(RUN_VARIABLE) == run:
-                found.append(process)
-    return found
+            if process.environ().get(RUN_VARIABLE) == run:
+                found |= {below.pid: below for below in [process, *process.children(recursive=True)]}
+    found.pop(os.getpid(), None)
+    return list(found.values())
 
 
 def sweep(run: str, deadline: float = 10.0) -> int:
