@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import socket
 import time
 from pathlib import Path
 
@@ -19,20 +18,15 @@ from tandem.models.tiny import ensure_tiny
 pytestmark = pytest.mark.timeout(240)
 
 
-def free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
+def listening() -> set[int]:
+    """TCP ports of this machine on which anybody listens."""
+    return {found.laddr.port for found in psutil.net_connections("tcp") if found.status == psutil.CONN_LISTEN}
 
 
 def assert_nothing_left(fleet: Fleet, processes: list[psutil.Process], ports: set[int], memory: set[str]) -> None:
     assert [process for process in processes if process.is_running() and process.status() != "zombie"] == []
     assert fleet.processes() == []
-    assert [port for port in ports if not free(port)] == []
+    assert ports & listening() == set()
     assert shared_memory() - memory == set()
 
 

@@ -1,0 +1,128 @@
+"""What a rank's actor can tell about its engine from outside: its processes, its log, its counters."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Protocol
+
+_WORKER_TITLE = b"sglang::"
+"""Title of the processes that SGLang cannot do without (scheduler, detokenizer, DP controller)."""
+_TAIL_LINES, _LINE_CHARS, _TAIL_BYTES = 2, 160, 8192
+
+
+class Tree(Protocol):
+    """Of processes, as `EngineProcess` has it."""
+
+    def tree(self) -> list[int]:
+        """PIDs, the main process first."""
+
+
+class HealthCheck:
+    """Looks whether the processes that an engine had when it became ready are still there and run.
+
+    SGLang looks after its own children, but a follower does not see all of them, and none sees one that was stopped.
+    """
+
+    def __init__(self, engine: Tree) -> None:
+        main, *children = engine.tree()
+        self._pids = [main, *(pid for pid in children if _title(pid).startswith(_WORKER_TITLE))]
+        self._stopped: set[int] = set()
+
+    def ailment(self) -> str:
+        """What is wrong, in one sentence without a subject; empty = nothing."""
+        stopped = set()
+        for pid in self._pids:
+            state = _state(pid)
+            if state in ("", "Z", "X"):
+                return f"lost its process {pid}"
+            if state in ("T", "t"):
+                stopped.add(pid)
+        # A profiler stops a process for a moment, so only one that is found so twice counts.
+        ill, self._stopped = stopped & self._stopped, stopped
+        return f"hangs: its process {min(ill)} was stopped by a signal or a debugger" if ill else ""
+
+
+async def gone(pids: Iterable[int], deadline: float) -> None:
+    """Wait until none of these processes is there. Raises TimeoutError after `deadline` seconds."""
+    async with asyncio.timeout(deadline):
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                await _ended(os.pidfd_open(pid))
+
+
+def log_tail(path: Path) -> str:
+    """The last lines of a log file as one line; empty if there are none."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
+    except OSError as error:
+        return f"(cannot be read: {error})"
+    return " | ".join([line[:_LINE_CHARS] for line in lines if line][-_TAIL_LINES:])
+
+
+def read_counters(folder: Path) -> dict[str, float]:
+    """Tandem's counters in a folder of prometheus_client's multi-process files: `name{label="value"}` → value."""
+    from prometheus_client import CollectorRegistry
+    from prometheus_client.multiprocess import MultiProcessCollector
+
+    if not folder.is_dir():
+        return {}
+    found = {}
+    for metric in MultiProcessCollector(CollectorRegistry(), path=str(folder)).collect():
+        for sample in metric.samples:
+            if sample.name.startswith("tandem_"):
+                labels = ",".join(f'{name}="{value}"' for name, value in sorted(sample.labels.items()))
+                found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+    return found
+
+
+def serve_counters(folder: Path, host: str, port: int) -> Callable[[], None]:
+    """Serve `http://host:port/metrics`, an engine's counters for Prometheus, from a thread; return what ends it.
+
+    Raises OSError if the port is taken.
+    """
+    from prometheus_client import CollectorRegistry, start_http_server
+    from prometheus_client.multiprocess import MultiProcessCollector
+
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, path=str(folder))
+    server, thread = start_http_server(port, addr=host, registry=registry)
+
+    def end() -> None:
+        server.shutdown()
+        server.server_close()
+        thread.join(1)
+
+    return end
+
+
+async def _ended(handle: int) -> None:
+    """Wait until the process of a pidfd has ended, and close the handle."""
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    loop.add_reader(handle, ended.set)
+    try:
+        await ended.wait()
+    finally:
+        loop.remove_reader(handle)
+        os.close(handle)
+
+
+def _title(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def _state(pid: int) -> str:
+    """The kernel's one-letter state of a process; empty if it is not there."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""

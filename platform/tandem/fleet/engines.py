@@ -1,0 +1,115 @@
+"""What a rank of a group runs: the seam between the controller, which starts processes, and what these are."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from tandem.config import FleetConfig
+from tandem.core.group_events import Service
+from tandem.core.layout import GroupLayout, LayoutError, ParallelPlan, plan_group
+from tandem.core.shape import ModelShape, ShapeError
+from tandem.core.types import GroupSpec, Role
+from tandem.engine.launch import LaunchError, RankEndpoints, launch_args, launch_env
+from tandem.fleet.plan import layout_of, pool_of, read_shape
+from tandem.fleet.ray_processes import RANK_RESOURCE
+
+CPU_SERVER, GPU_SERVER = "tandem.engine.cpu.launch_server", "sglang.launch_server"
+
+
+class NoEngineError(ValueError):
+    """No engine can be started for this group; the message is one sentence."""
+
+
+class Command(NamedTuple):
+    """A command line, and what to add to the environment."""
+
+    argv: Sequence[str]
+    env: Mapping[str, str]
+
+
+class Engines(Protocol):
+    """Knows the engines of a fleet. It travels to the controller, so it must be picklable."""
+
+    def bundle(self, spec: GroupSpec) -> Mapping[str, float]:
+        """Ray resources that each rank takes on its node."""
+
+    def check(self, spec: GroupSpec) -> None:
+        """Raise NoEngineError if no engine can run this group."""
+
+    def command(self, spec: GroupSpec, rank: int, endpoints: RankEndpoints) -> Command:
+        """What to run for one rank. Raises NoEngineError."""
+
+    def service(self, spec: GroupSpec, leader: RankEndpoints) -> Service:
+        """How the group is reached once it is ready. Raises NoEngineError."""
+
+
+class SglangEngines:
+    """SGLang for a fleet's configuration; the checkpoint is in the same folder on every node."""
+
+    def __init__(self, config: FleetConfig, *, model: Path, name: str) -> None:
+        """`name`: the model's name in the API."""
+        self._config = config
+        self._model = model
+        self._name = name
+
+    @cached_property
+    def _shape(self) -> ModelShape:
+        try:
+            return read_shape(self._model)
+        except (OSError, ShapeError, ValueError) as error:
+            raise NoEngineError(f"the checkpoint in {self._model} cannot be read: {error}") from error
+
+    def bundle(self, spec: GroupSpec) -> Mapping[str, float]:
+        if self._config.device == "cuda":
+            return {"GPU": float(spec.gpus_per_node), "CPU": 1.0}
+        return {RANK_RESOURCE: 1.0}
+
+    def check(self, spec: GroupSpec) -> None:
+        self._plan(spec)
+
+    def command(self, spec: GroupSpec, rank: int, endpoints: RankEndpoints) -> Command:
+        layout, plan = self._plan(spec)
+        pool = pool_of(self._config, spec.role)
+        try:
+            arguments = launch_args(
+                str(self._model),
+                layout,
+                plan,
+                rank,
+                endpoints,
+                pool.args,
+                served_model_name=self._name,
+                weight_version=self._config.model.version,
+            )
+            env = launch_env(layout, plan, rank, endpoints)
+        except LaunchError as error:
+            raise NoEngineError(str(error)) from error
+        server = CPU_SERVER if self._config.device == "cpu" else GPU_SERVER
+        return Command((sys.executable, "-m", server, *arguments), {**env, **pool.env})
+
+    def service(self, spec: GroupSpec, leader: RankEndpoints) -> Service:
+        prefill = spec.role is Role.PREFILL
+        return Service(
+            url=url_of(leader),
+            bootstrap_host=leader.host if prefill else "",
+            bootstrap_port=leader.bootstrap_port if prefill else 0,
+            dp_size=self._plan(spec)[1].dp_ranks,
+            weight_version=self._config.model.version,
+        )
+
+    def _plan(self, spec: GroupSpec) -> tuple[GroupLayout, ParallelPlan]:
+        layout = layout_of(self._config, spec.role, spec.nodes, spec.gpus_per_node)
+        try:
+            return layout, plan_group(self._shape, layout)
+        except LayoutError as error:
+            raise NoEngineError(f"{spec.group} cannot run: {error}") from error
+
+
+def url_of(endpoints: RankEndpoints) -> str:
+    """HTTP URL of a rank."""
+    host = f"[{endpoints.host}]" if ":" in endpoints.host else endpoints.host
+    return f"http://{host}:{endpoints.http_port}"

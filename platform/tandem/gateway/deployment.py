@@ -1,0 +1,89 @@
+"""The gateway as a Ray Serve deployment. Serve places, health-checks, restarts and scales the replicas, and nothing
+else: it runs without its own HTTP proxy, and no request passes a Serve handle (`docs/decisions/` says why).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+import ray
+from ray import serve
+from ray.serve.config import ProxyLocation
+
+from tandem.config import FleetConfig
+from tandem.gateway.replica import GatewayReplica
+
+APPLICATION = "tandem-gateway"
+DRAIN_S = 30.0
+
+
+class _Gateway:
+    """What runs in a Serve replica: a GatewayReplica that listens by itself."""
+
+    def __init__(self, config: str, model_path: str, store_url: str, folder: str) -> None:
+        node = ray.get_runtime_context().get_node_id()
+        self._replica = GatewayReplica(
+            FleetConfig.model_validate_json(config),
+            model_path=Path(model_path),
+            store_url=store_url,
+            folder=Path(folder),
+            replica=serve.get_replica_context().replica_id.unique_id,
+            node=node,
+        )
+        self._replica.start()
+
+    async def check_health(self) -> None:
+        """Called by Serve; raises when our own listener does not answer."""
+        await asyncio.to_thread(self._replica.probe)
+
+    async def url(self) -> str:
+        """Where this replica listens."""
+        return self._replica.url
+
+    async def __del__(self) -> None:
+        """Called by Serve when it stops the replica."""
+        replica = getattr(self, "_replica", None)
+        if replica is not None:
+            await asyncio.to_thread(replica.stop, DRAIN_S)
+
+
+def deploy(config: FleetConfig, *, model_path: Path, store_url: str, folder: Path, deadline: float = 120.0) -> None:
+    """Run `config.gateway.replicas` gateways on the Ray cluster that this process is connected to.
+
+    Returns when all of them listen; they are then in the store under `gateways/`. Called again it brings the running
+    ones to the new configuration. Raises RuntimeError (Serve's) or ReplicaError's cause when they do not start.
+    """
+    serve.start(proxy_location=ProxyLocation.Disabled)
+    gateway = serve.deployment(
+        name="gateway",
+        num_replicas=config.gateway.replicas,
+        ray_actor_options={"num_cpus": 0},
+        health_check_period_s=2.0,
+        health_check_timeout_s=10.0,
+        graceful_shutdown_wait_loop_s=0.1,
+        graceful_shutdown_timeout_s=DRAIN_S + 10,
+        max_constructor_retry_count=3,
+    )(_Gateway)
+    bound = gateway.bind(config.model_dump_json(), str(model_path), store_url, str(folder))
+    target = serve.RunTarget(bound, name=APPLICATION, route_prefix=None)
+    # Our own wait has a deadline, Serve's has none.
+    serve.run_many([target], wait_for_applications_running=False)
+    _wait_until_running(deadline)
+
+
+def _wait_until_running(deadline: float) -> None:
+    end = time.monotonic() + deadline
+    while True:
+        application = serve.status().applications[APPLICATION]
+        if application.status == "RUNNING":
+            return
+        if application.status == "DEPLOY_FAILED" or time.monotonic() > end:
+            raise RuntimeError(f"the gateway did not start ({application.status}): {application.message}")
+        time.sleep(0.1)
+
+
+def remove() -> None:
+    """Stop the gateways and Serve itself; they drain first."""
+    serve.shutdown()  # type: ignore[no-untyped-call]

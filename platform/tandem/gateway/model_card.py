@@ -1,0 +1,60 @@
+"""What the gateway knows of the model that it serves, from the checkpoint's own small files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+
+class ModelError(Exception):
+    """The checkpoint folder lacks what the gateway needs; the message says which file."""
+
+
+class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
+    """The served model."""
+
+    name: str
+    path: str
+    context: int
+    """Tokens of prompt and answer together, at most."""
+    vocab_size: int
+    sampling: dict[str, float]
+    """The checkpoint's own sampling defaults (`generation_config.json`), for what a request leaves open."""
+
+
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+def load_card(folder: Path, name: str | None = None) -> ModelCard:
+    """Read `config.json` and `generation_config.json`; `name` defaults to the folder's. Raises ModelError."""
+    config = read_json(folder / "config.json")
+    context, vocab = config.get("max_position_embeddings"), config.get("vocab_size")
+    if not isinstance(context, int) or not isinstance(vocab, int):
+        raise ModelError(f"{folder / 'config.json'} has no max_position_embeddings or no vocab_size")
+    generation = read_json(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}
+    sampling = {key: float(generation[key]) for key in _SAMPLING if isinstance(generation.get(key), int | float)}
+    if generation.get("do_sample") is False:
+        # transformers writes its sampling defaults beside it; greedy means none of them.
+        sampling = {}
+    return ModelCard(
+        name=name or folder.name or folder.resolve().name,
+        path=str(folder),
+        context=context,
+        vocab_size=vocab,
+        sampling=sampling,
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; raises ModelError."""
+    try:
+        found = msgspec.json.decode(path.read_bytes())
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from error
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ModelError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{path} does not hold a JSON object")
+    return found

@@ -1,0 +1,69 @@
+"""Text to token ids, once per request, with the checkpoint's own `tokenizer.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tokenizers
+
+from tandem.gateway.chat_template import ChatTemplate, load_template, token_text
+from tandem.gateway.model_card import ModelError, read_json
+
+THINK_START = "<think>"
+
+
+class ChatPrompt(NamedTuple):
+    """A conversation, ready for the engine."""
+
+    ids: list[int]
+    thinking: bool
+    """The template has opened `<think>`: the answer begins as reasoning."""
+
+
+class Tokenizer:
+    """Encodes prompts. Safe to use from several threads; the heavy part runs without the GIL."""
+
+    def __init__(self, inner: tokenizers.Tokenizer, template: ChatTemplate | None, bos: str = "") -> None:
+        """`bos`: the token to begin a plain prompt with, where the tokenizer does not do it by itself."""
+        self.inner = inner
+        self._template = template
+        self._bos = inner.token_to_id(bos) if bos else None
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """From a checkpoint folder; raises ModelError."""
+        path = folder / "tokenizer.json"
+        if not path.exists():
+            raise ModelError(f"{path} is missing: the gateway needs a tokenizer of the `tokenizers` library")
+        inner = tokenizers.Tokenizer.from_file(str(path))
+        inner.no_truncation()
+        inner.no_padding()
+        config = read_json(folder / "tokenizer_config.json")
+        bos = token_text(config.get("bos_token")) if config.get("add_bos_token") else ""
+        return cls(inner, load_template(folder), bos)
+
+    @property
+    def has_template(self) -> bool:
+        return self._template is not None
+
+    def encode(self, text: str) -> list[int]:
+        """A plain prompt, with the special tokens that the model wants around one."""
+        ids = self._encode(text, special=True)
+        if self._bos is not None and ids[:1] != [self._bos]:
+            # LlamaTokenizerFast, R1's class, adds it although tokenizer.json does not say so.
+            ids.insert(0, self._bos)
+        return ids
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> ChatPrompt:
+        """A conversation through the model's template. Raises TemplateRefusal, ModelError."""
+        if self._template is None:
+            raise ModelError("the model has no chat template: use /v1/completions")
+        text = self._template.render(messages, tools)
+        return ChatPrompt(self._encode(text, special=False), text.rstrip().endswith(THINK_START))
+
+    def _encode(self, text: str, *, special: bool) -> list[int]:
+        # Of all its methods only the batch ones release the GIL, and `fast` leaves out offsets that nobody reads.
+        ids: list[int] = self.inner.encode_batch_fast([text], add_special_tokens=special)[0].ids
+        return ids

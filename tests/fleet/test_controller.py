@@ -1,0 +1,287 @@
+"""A real Ray cluster, a real controller, and ranks whose engine is a small script."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import psutil
+import pytest
+import ray
+import script_engine
+from ray import cloudpickle
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
+
+from tandem.core.group import Policy
+from tandem.core.types import Group, GroupSpec, GroupState, RankState, Role
+from tandem.fleet.cluster import LocalCluster, connect, disconnect
+from tandem.fleet.control_client import ControlClient, ControlError
+from tandem.fleet.controller import CONTROL_KEY, ControlAddress, Controller, ControllerSettings, start_controller
+from tandem.fleet.hands import HandsSettings
+from tandem.fleet.rank import RankName, RankSettings
+from tandem.fleet.rank_actors import make_actor
+from tandem.fleet.snapshot import FleetRecord, watch_snapshots
+from tandem.state import Store, open_store
+
+cloudpickle.register_pickle_by_value(script_engine)  # the controller's process cannot import it
+
+FLEET = "test"
+WITHIN_S = 20.0
+
+
+@dataclass
+class Stage:
+    """What the tests of this file share: starting it takes longer than each of them."""
+
+    folder: Path
+    cluster: LocalCluster
+    controller: ActorHandle[Controller]
+
+    @property
+    def rooms(self) -> Path:
+        return self.folder / "rooms"
+
+
+@pytest.fixture(scope="module")
+def stage() -> Iterator[Stage]:
+    with tempfile.TemporaryDirectory(prefix="tandem-") as name:
+        folder = Path(name)
+        cluster = LocalCluster.start(folder, 4)
+        try:
+            connect(cluster.address, namespace=FLEET)
+            controller = start_controller(
+                ControllerSettings(
+                    fleet=FleetRecord(name=FLEET, model_name="script"),
+                    store_url="embedded",
+                    store_folder=str(folder),
+                    engines=script_engine.ScriptEngines(str(folder / "rooms")),
+                    hands=HandsSettings(rank=RankSettings(logs=str(folder / "logs"), scratch=str(folder))),
+                    policy=Policy(start=30, settle=0.2, backoff=0.1, backoff_most=0.5),
+                    control_port=0,
+                    log=str(folder / "logs" / "controller.log"),
+                )
+            )
+            ray.get(controller.ready.remote(WITHIN_S))
+            yield Stage(folder, cluster, controller)
+        finally:
+            disconnect()
+            cluster.stop()
+
+
+@pytest.fixture
+async def store(stage: Stage) -> AsyncIterator[Store]:
+    store = await open_store("embedded", fleet=FLEET, folder=stage.folder)
+    yield store
+    await store.close()
+
+
+@pytest.fixture
+async def control(store: Store) -> AsyncIterator[ControlClient]:
+    entry = await store.get(CONTROL_KEY)
+    assert entry is not None
+    async with ControlClient(msgspec.json.decode(entry.value, type=ControlAddress).address) as client:
+        yield client
+
+
+@pytest.fixture
+async def pair(control: ControlClient, store: Store) -> tuple[Group, Group]:
+    """The two groups that most tests look at, ready; whatever an earlier test did to them."""
+    for role in Role:
+        with contextlib.suppress(ControlError):
+            await control.put_group(GroupSpec(group=f"{role}-0", role=role, nodes=2))
+    return await until_ready(store, "prefill-0"), await until_ready(store, "decode-0")
+
+
+async def until(store: Store, group: str, holds: Callable[[Group], bool]) -> Group:
+    """The group as soon as it is as wanted."""
+    seen: Group | None = None
+    try:
+        async with asyncio.timeout(WITHIN_S):
+            async for fleet in watch_snapshots(store):
+                seen = next((found for found in fleet.groups if found.group == group), None)
+                if seen is not None and holds(seen):
+                    return seen
+    except TimeoutError:
+        raise AssertionError(f"{group} did not get there in {WITHIN_S} s; it is {seen}") from None
+    raise AssertionError("the watch ended")
+
+
+async def until_ready(store: Store, group: str, epoch: int = 1) -> Group:
+    return await until(store, group, lambda it: it.state is GroupState.READY and it.epoch >= epoch)
+
+
+async def until_forgotten(store: Store, group: str) -> None:
+    async with asyncio.timeout(WITHIN_S):
+        async for fleet in watch_snapshots(store):
+            if group not in {found.group for found in (*fleet.groups, *fleet.desired)}:
+                return
+
+
+def pids(*groups: Group) -> list[int]:
+    return [rank.pid for group in groups for rank in group.ranks]
+
+
+def living(*groups: Group) -> list[int]:
+    return [pid for pid in pids(*groups) if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
+
+
+def first_word(path: str) -> str:
+    return Path(path).read_text().split()[0]
+
+
+async def test_every_rank_of_a_group_runs_on_a_node_of_its_own(pair: tuple[Group, Group]) -> None:
+    nodes = [rank.node for group in pair for rank in group.ranks]
+    assert len(set(nodes)) == 4
+    assert living(*pair) == pids(*pair)
+    assert all(first_word(rank.log) == "serving" for group in pair for rank in group.ranks)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+async def test_a_killed_rank_takes_its_group_to_the_next_epoch_and_leaves_the_other_alone(
+    pair: tuple[Group, Group], store: Store, rank: int
+) -> None:
+    prefill, decode = pair
+    os.kill(decode.ranks[rank].pid, signal.SIGKILL)
+    failed = await until(store, "decode-0", lambda it: it.state is GroupState.FAILED)
+    assert f"rank {rank} was killed by SIGKILL; its log ends: serving on" in failed.reason
+    again = await until_ready(store, "decode-0", decode.epoch + 1)
+    assert again.epoch == decode.epoch + 1
+    assert not set(pids(again)) & set(pids(decode))
+    assert not living(decode)
+    assert await until_ready(store, "prefill-0") == prefill
+
+
+async def test_an_engine_dies_with_its_actor_and_the_group_restarts(pair: tuple[Group, Group], store: Store) -> None:
+    decode = pair[1]
+    actor = ray.get_actor(str(RankName("decode-0", decode.epoch, 1)))
+    await asyncio.to_thread(ray.kill, actor, no_restart=True)
+    await until_ready(store, "decode-0", decode.epoch + 1)
+    assert not living(decode)
+
+
+async def test_a_stopped_process_is_found_within_seconds(pair: tuple[Group, Group], store: Store) -> None:
+    decode = pair[1]
+    os.kill(decode.ranks[1].pid, signal.SIGSTOP)
+    failed = await until(store, "decode-0", lambda it: it.state is GroupState.FAILED)
+    assert "rank 1 hangs" in failed.reason
+    await until_ready(store, "decode-0", decode.epoch + 1)
+
+
+async def test_a_killed_controller_comes_back_adopts_its_groups_and_restarts_none(
+    stage: Stage, pair: tuple[Group, Group], store: Store
+) -> None:
+    old = await stage.controller.pid.remote()
+    os.kill(old, signal.SIGKILL)
+    async with asyncio.timeout(WITHIN_S):
+        async for change in store.watch(CONTROL_KEY):
+            assert change.value is not None
+            address = msgspec.json.decode(change.value, type=ControlAddress).address
+            with contextlib.suppress(ControlError):
+                async with ControlClient(address, deadline=2) as control:
+                    assert {group.group: group for group in (await control.fleet()).groups} == {
+                        group.group: group for group in pair
+                    }
+                    break
+    assert ray.get(stage.controller.pid.remote()) != old
+    ray.get(stage.controller.ready.remote(WITHIN_S))
+    assert living(*pair) == pids(*pair)
+
+
+async def test_what_happens_after_the_controller_came_back_is_noticed(
+    stage: Stage, pair: tuple[Group, Group], store: Store
+) -> None:
+    os.kill(await stage.controller.pid.remote(), signal.SIGKILL)
+    os.kill(pair[0].ranks[1].pid, signal.SIGKILL)
+    await until_ready(store, "prefill-0", pair[0].epoch + 1)
+    assert living(pair[1]) == pids(pair[1])
+
+
+async def test_a_cordoned_group_stays_up_and_takes_no_pairs(
+    pair: tuple[Group, Group], control: ControlClient, store: Store
+) -> None:
+    await control.cordon("decode-0", True)
+    cordoned = await until(store, "decode-0", lambda it: it.state is GroupState.CORDONED)
+    assert living(cordoned) == pids(pair[1])
+    await control.cordon("decode-0", False)
+    await until_ready(store, "decode-0")
+
+
+async def test_a_draining_group_leaves_when_its_last_room_is_closed(
+    stage: Stage, pair: tuple[Group, Group], control: ControlClient, store: Store
+) -> None:
+    stage.rooms.write_text("3")
+    await control.drain("decode-0", 600)
+    draining = await until(store, "decode-0", lambda it: it.state is GroupState.DRAINING)
+    assert living(draining) == pids(pair[1])
+    assert (await control.load("decode-0"))["decode-0"][0].running == 3
+    stage.rooms.write_text("0")
+    await until_forgotten(store, "decode-0")
+    assert not living(draining)
+
+
+async def test_a_removed_group_leaves_nothing_and_its_name_goes_on_with_the_next_epoch(
+    pair: tuple[Group, Group], control: ControlClient, store: Store
+) -> None:
+    await control.remove("decode-0")
+    await until_forgotten(store, "decode-0")
+    assert not living(pair[1])
+    await control.put_group(GroupSpec(group="decode-0", role=Role.DECODE, nodes=1))
+    again = await until_ready(store, "decode-0")
+    assert again.epoch == pair[1].epoch + 1
+    await control.remove("decode-0")
+    await until_forgotten(store, "decode-0")
+
+
+async def test_a_group_without_nodes_says_what_it_waits_for(control: ControlClient, store: Store) -> None:
+    await control.put_group(GroupSpec(group="wide", role=Role.DECODE, nodes=5))
+    waiting = await until(store, "wide", lambda it: bool(it.reason))
+    assert "waits for 5 nodes with 1 tandem-rank free on each; of the cluster's 4 nodes, 4 have that" in waiting.reason
+    await control.remove("wide")
+    await until_forgotten(store, "wide")
+
+
+async def test_a_group_that_no_engine_can_run_is_refused(control: ControlClient) -> None:
+    with pytest.raises(ControlError, match="the script has no GPUs"):
+        await control.put_group(GroupSpec(group="big", role=Role.DECODE, nodes=1, gpus_per_node=2))
+
+
+async def test_a_record_that_someone_else_wrote_is_read_again_and_no_rank_restarts(
+    pair: tuple[Group, Group], control: ControlClient, store: Store
+) -> None:
+    await store.put("groups/decode-0", msgspec.json.encode(msgspec.structs.replace(pair[1], reason="me")))
+    await control.cordon("decode-0", True)
+    await until(store, "decode-0", lambda it: it.state is GroupState.CORDONED)
+    await control.cordon("decode-0", False)
+    assert pids(await until_ready(store, "decode-0")) == pids(pair[1])
+
+
+async def test_a_rank_of_no_group_is_ended_when_the_controller_looks_around(
+    stage: Stage, pair: tuple[Group, Group]
+) -> None:
+    stray = make_actor(RankName("ghost", 1, 0), RankSettings(logs=str(stage.folder), scratch=str(stage.folder)), {})
+    await stray.health.remote()
+    os.kill(await stage.controller.pid.remote(), signal.SIGKILL)
+    with pytest.raises(RayActorError):
+        async with asyncio.timeout(WITHIN_S):
+            await stray.watch.remote(RankState.PENDING, WITHIN_S)
+
+
+async def test_groups_on_a_node_that_dies_restart_on_another(
+    stage: Stage, pair: tuple[Group, Group], store: Store
+) -> None:
+    tending = asyncio.create_task(stage.cluster.tend())
+    node, pid = list(stage.cluster.nodes.items())[-1]
+    os.kill(pid, signal.SIGKILL)
+    (hit,) = [group for group in pair if node in {rank.node for rank in group.ranks}]
+    again = await until_ready(store, hit.group, hit.epoch + 1)
+    assert node not in {rank.node for rank in again.ranks}
+    assert not living(hit)
+    tending.cancel()

@@ -1,0 +1,294 @@
+"""Whatever happens in whatever order, the pair table keeps its promises."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from tandem.core.pair_events import (
+    AbortLeg,
+    ClientGone,
+    Deliver,
+    Event,
+    Fail,
+    Failure,
+    FailureKind,
+    Finish,
+    GroupLost,
+    GroupUp,
+    LegAccepted,
+    LegClosed,
+    LegFailed,
+    LegFinished,
+    LegReleased,
+    LegTokens,
+    NeedPair,
+    Opened,
+    Refused,
+    RoomClosed,
+    Satisfied,
+    SendLeg,
+    Submit,
+    Tick,
+)
+from tandem.core.pairing import PairTable
+from tandem.core.routing import Pair, Target
+from tandem.core.types import Role
+
+ATTEMPTS = 3
+roles = st.sampled_from(Role)
+picks = st.integers(0, 10**6)
+prefills = st.sampled_from(["p0", "p1"])
+decodes = st.sampled_from(["d0", "d1"])
+FAILURES = [FailureKind.UNREACHABLE, FailureKind.ABORTED, FailureKind.BAD_REQUEST]
+kinds = st.sampled_from(FAILURES)
+
+
+class Pairs(RuleBasedStateMachine):
+    """A faulty world around the table; `self.running` is what the engines still work on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = PairTable(max_attempts=ATTEMPTS, linger_s=1)
+        self.now = 0.0
+        self.names = itertools.count()
+        self.room_numbers = itertools.count(1)
+        self.epochs = dict.fromkeys(("p0", "p1", "d0", "d1"), 1)
+        self.down: set[str] = set()
+        self.waiting: dict[str, NeedPair] = {}
+        self.running: dict[tuple[int, Role], Target] = {}
+        self.aborting: set[tuple[int, Role]] = set()
+        self.open_rooms: set[int] = set()
+        self.room_of: dict[str, int] = {}
+        self.deadlines: dict[str, float] = {}
+        self.must_move_by: dict[str, float] = {}
+        self.live: set[str] = set()
+        self.delivered: dict[str, list[int]] = {}
+        self.produced: dict[int, list[int]] = {}
+        self.serial = itertools.count()
+        for name, epoch in self.epochs.items():
+            self.tell(GroupUp(group=name, epoch=epoch))
+
+    def tell(self, event: Event) -> None:
+        for action in self.table.handle(event, self.now):
+            match action:
+                case NeedPair(request=request, attempt=attempt):
+                    assert request in self.live
+                    assert attempt <= ATTEMPTS
+                    assert not self.delivered[request], "a request was retried after its client had tokens"
+                    self.waiting[request] = action
+                    self.must_move_by[request] = self.deadlines.setdefault(request, self.now + 20)
+                case SendLeg(request=request, room=room, role=role, pair=pair):
+                    target = pair.target(role)
+                    assert target.epoch == self.epochs[target.group], "sent to an old epoch"
+                    assert target.group not in self.down, "sent to a group that is down"
+                    assert (room, role) not in self.running
+                    self.running[room, role] = target
+                    self.open_rooms.add(room)
+                    self.room_of[request] = room
+                    self.must_move_by[request] = min(self.now + 4, self.deadlines[request])
+                case AbortLeg(room=room, role=role):
+                    assert (room, role) in self.running, "aborted a leg that does not run"
+                    assert (room, role) not in self.aborting, "aborted a leg twice"
+                    self.aborting.add((room, role))
+                case Deliver(request=request, room=room, ids=ids):
+                    assert request in self.live, "a token after the end"
+                    assert room == self.room_of[request], "a token of another attempt"
+                    self.delivered[request] += ids
+                    self.must_move_by[request] = min(self.now + 2, self.deadlines[request])
+                case Finish(request=request) | Fail(request=request):
+                    assert request in self.live, "a request ended twice"
+                    self.live.remove(request)
+                    self.waiting.pop(request, None)
+                case LegReleased(room=room, role=role):
+                    del self.running[room, role]
+                    self.aborting.discard((room, role))
+                case RoomClosed(room=room):
+                    self.open_rooms.remove(room)
+
+    def some_room(self, pick: int) -> int:
+        """Mostly a room that is open, now and then one that is over or never was."""
+        rooms = sorted(self.open_rooms) * 4 + [0, max(self.produced, default=0)]
+        return rooms[pick % len(rooms)]
+
+    @rule(prefill=prefills, decode=decodes, count=st.integers(1, 3))
+    def submit(self, prefill: str, decode: str, count: int) -> None:
+        """Some requests come, and one of them is routed at once."""
+        for _ in range(count):
+            self.submit_one()
+        self.open(prefill, decode, 0)
+
+    def submit_one(self) -> None:
+        name = f"r{next(self.names)}"
+        self.live.add(name)
+        self.delivered[name] = []
+        self.tell(Submit(request=name, deadline=self.now + 20, first_token_s=4, stall_s=2))
+
+    @precondition(lambda self: self.waiting)
+    @rule(prefill=prefills, decode=decodes, stale=st.sampled_from([0, 0, 0, 1]))
+    def route(self, prefill: str, decode: str, stale: int) -> None:
+        self.open(prefill, decode, stale)
+
+    def open(self, prefill: str, decode: str, stale: int) -> None:
+        """The caller's view may be a little old: the table must know better."""
+        request = next(iter(self.waiting))
+        del self.waiting[request]
+        prefill_target, decode_target = (
+            Target(role=role, group=name, epoch=self.epochs[name] - stale, dp_rank=0, dp_size=1, url="")
+            for role, name in ((Role.PREFILL, prefill), (Role.DECODE, decode))
+        )
+        room = next(self.room_numbers)
+        self.produced[room] = []
+        pair = Pair(prefill=prefill_target, decode=decode_target, bootstrap_host="", bootstrap_port=0)
+        self.tell(Opened(request=request, room=room, pair=pair))
+
+    @precondition(lambda self: len(self.waiting) > 2)
+    @rule()
+    def refuse(self) -> None:
+        request = next(iter(self.waiting))
+        self.tell(Refused(request=request, failure=Failure(kind=FailureKind.NO_CAPACITY, message="")))
+
+    @precondition(lambda self: self.open_rooms)
+    @rule(pick=picks, role=roles)
+    def accept(self, pick: int, role: Role) -> None:
+        self.tell(LegAccepted(room=self.some_room(pick), role=role))
+
+    @precondition(lambda self: self.open_rooms)
+    @rule(pick=picks, count=st.integers(1, 3))
+    def produce(self, pick: int, count: int) -> None:
+        room = self.some_room(pick)
+        ids = [next(self.serial) for _ in range(count)]
+        self.produced.setdefault(room, []).extend(ids)
+        self.tell(LegTokens(room=room, ids=ids))
+
+    @precondition(lambda self: self.open_rooms)
+    @rule(pick=picks, role=roles)
+    def finish(self, pick: int, role: Role) -> None:
+        self.tell(LegFinished(room=self.some_room(pick), role=role, reason="stop"))
+
+    @precondition(lambda self: self.open_rooms)
+    @rule(pick=picks, role=roles, kind=kinds)
+    def fail(self, pick: int, role: Role, kind: FailureKind) -> None:
+        self.tell(LegFailed(room=self.some_room(pick), role=role, failure=Failure(kind=kind, message="")))
+
+    @precondition(lambda self: self.aborting)
+    @rule(pick=picks)
+    def close(self, pick: int) -> None:
+        room, role = sorted(self.aborting)[pick % len(self.aborting)]
+        self.tell(LegClosed(room=room, role=role))
+
+    @precondition(lambda self: not self.down)
+    @rule(name=prefills | decodes)
+    def lose(self, name: str) -> None:
+        self.down.add(name)
+        self.tell(GroupLost(group=name, epoch=self.epochs[name]))
+
+    @precondition(lambda self: self.down or len(self.open_rooms) > 2)
+    @rule(name=prefills | decodes)
+    def restart(self, name: str) -> None:
+        self.epochs[name] += 1
+        self.down.discard(name)
+        self.tell(GroupUp(group=name, epoch=self.epochs[name]))
+
+    @precondition(lambda self: len(self.live) > 2)
+    @rule(pick=picks, why=st.sampled_from([ClientGone, Satisfied]))
+    def end(self, pick: int, why: type[ClientGone] | type[Satisfied]) -> None:
+        self.tell(why(request=sorted(self.live)[pick % len(self.live)]))
+
+    @rule(seconds=st.sampled_from([0.5, 1, 2, 3]))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+        self.tell(Tick())
+        due = self.table.next_deadline()
+        assert due is None or due > self.now
+        assert all(self.now < self.must_move_by[request] for request in self.live), "a request outlived its time"
+
+    @invariant()
+    def the_table_knows_what_the_world_knows(self) -> None:
+        assert self.table.open_requests == len(self.live)
+        assert self.table.open_rooms == len(self.open_rooms) == len({room for room, _ in self.running})
+
+    @invariant()
+    def nothing_runs_on_where_nothing_runs(self) -> None:
+        for key, target in self.running.items():
+            lost = target.group in self.down or target.epoch != self.epochs[target.group]
+            assert not lost or key in self.aborting
+
+    @invariant()
+    def every_client_has_the_beginning_of_one_rooms_stream(self) -> None:
+        for request, tokens in self.delivered.items():
+            if tokens:
+                assert tokens == self.produced[self.room_of[request]][: len(tokens)]
+
+    def step(self, name: str, dice: random.Random) -> None:
+        """One step of a random walk: the rule of this name, if its time has come."""
+        pick, role = dice.randrange(10**6), dice.choice(list(Role))
+        prefill, decode = dice.choice(["p0", "p1"]), dice.choice(["d0", "d1"])
+        match name:
+            case "submit":
+                self.submit(prefill, decode, 1)
+            case "route" if self.waiting:
+                self.route(prefill, decode, int(dice.random() < 0.1))
+            case "refuse" if self.waiting:
+                self.refuse()
+            case "accept":
+                self.accept(pick, role)
+            case "produce":
+                self.produce(pick, dice.randint(1, 3))
+            case "finish":
+                self.finish(pick, role)
+            case "fail":
+                self.fail(pick, role, dice.choice(FAILURES))
+            case "close" if self.aborting:
+                self.close(pick)
+            case "lose":
+                self.lose(dice.choice([prefill, decode]))
+            case "restart":
+                self.restart(next(iter(sorted(self.down)), prefill))
+            case "end" if self.live:
+                self.end(pick, dice.choice([ClientGone, Satisfied]))
+            case "wait":
+                self.wait(dice.choice([0.1, 0.5, 1, 2]))
+
+    def teardown(self) -> None:
+        for request in list(self.live):
+            self.tell(ClientGone(request=request))
+        self.now += 1
+        self.tell(Tick())
+        assert set(self.running) == self.aborting, "a leg runs on for nobody"
+        for room, role in list(self.running):
+            self.tell(LegClosed(room=room, role=role))
+        assert not self.live
+        assert not self.open_rooms
+        assert self.table.open_rooms == self.table.open_requests == 0
+
+
+TestPairs = Pairs.TestCase
+TestPairs.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
+
+
+WALKS = 250
+STEPS = 60
+WEIGHTS = {
+    "submit": 4, "route": 4, "refuse": 1, "accept": 1, "produce": 8, "finish": 4, "fail": 3, "close": 5, "lose": 1,
+    "restart": 2, "end": 1, "wait": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("batch", range(2))
+def test_long_random_walks_keep_the_same_promises(batch: int) -> None:
+    """Hypothesis finds and shrinks the odd sequence; this covers the busy ones, in volume."""
+    for walk in range(WALKS):
+        dice = random.Random(batch * WALKS + walk)
+        world = Pairs()
+        for rule_name in dice.choices(list(WEIGHTS), list(WEIGHTS.values()), k=STEPS):
+            world.step(rule_name, dice)
+            world.the_table_knows_what_the_world_knows()
+            world.nothing_runs_on_where_nothing_runs()
+            world.every_client_has_the_beginning_of_one_rooms_stream()
+        world.teardown()

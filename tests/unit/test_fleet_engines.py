@@ -1,0 +1,96 @@
+"""What the ranks of a fleet are started with, and how many rooms their engines say they have."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import pickle
+import sys
+from pathlib import Path
+
+import pytest
+
+from tandem.config import FleetConfig, PoolConfig
+from tandem.core.types import GroupSpec, Role
+from tandem.engine.http1 import HttpFailure
+from tandem.engine.launch import RankEndpoints
+from tandem.fleet.engines import NoEngineError, SglangEngines
+from tandem.fleet.rooms import RoomCounter
+from tandem.models.tiny import tiny_config
+
+WHERE = RankEndpoints(host="127.0.0.1", http_port=16000, dist_init="127.0.0.1:16002", bootstrap_port=16001)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config()))
+    return tmp_path
+
+
+def group(role: Role, nodes: int = 2) -> GroupSpec:
+    return GroupSpec(group=f"{role}-0", role=role, nodes=nodes)
+
+
+def test_a_cpu_fleet_runs_our_server_with_the_pools_own_flags_last(model: Path) -> None:
+    config = FleetConfig(decode=PoolConfig(args=("--log-level", "debug"), env={"WORD": "hello"}))
+    command = SglangEngines(config, model=model, name="tiny").command(group(Role.DECODE), 1, WHERE)
+    assert command.argv[:3] == (sys.executable, "-m", "tandem.engine.cpu.launch_server")
+    assert command.argv[-2:] == ("--log-level", "debug")
+    assert command.argv[command.argv.index("--node-rank") + 1] == "1"
+    assert command.env["WORD"] == "hello"
+
+
+def test_a_gpu_fleet_runs_sglang_itself_and_takes_gpus(model: Path) -> None:
+    engines = SglangEngines(FleetConfig(device="cuda"), model=model, name="tiny")
+    assert engines.command(group(Role.DECODE, nodes=1), 0, WHERE).argv[2] == "sglang.launch_server"
+    assert engines.bundle(group(Role.DECODE, nodes=1))["GPU"] == 1
+
+
+def test_only_a_prefill_group_tells_a_bootstrap_server(model: Path) -> None:
+    engines = SglangEngines(FleetConfig(), model=model, name="tiny")
+    prefill, decode = (engines.service(group(role), WHERE) for role in (Role.PREFILL, Role.DECODE))
+    assert (prefill.url, prefill.dp_size, prefill.bootstrap_port) == ("http://127.0.0.1:16000", 2, 16001)
+    assert (decode.bootstrap_host, decode.bootstrap_port) == ("", 0)
+
+
+def test_a_group_that_cannot_work_and_a_model_that_is_not_there_are_one_sentence(model: Path) -> None:
+    with pytest.raises(NoEngineError, match="decode-0 cannot run: "):
+        SglangEngines(FleetConfig(), model=model, name="tiny").check(group(Role.DECODE, nodes=7))
+    with pytest.raises(NoEngineError, match="the checkpoint in /no/model cannot be read"):
+        SglangEngines(FleetConfig(), model=Path("/no/model"), name="tiny").check(group(Role.DECODE))
+
+
+def test_they_travel_to_the_controller(model: Path) -> None:
+    there = pickle.loads(pickle.dumps(SglangEngines(FleetConfig(), model=model, name="tiny")))
+    assert there.service(group(Role.DECODE), WHERE).dp_size == 2
+
+
+async def test_rooms_are_counted_in_every_queue_and_on_every_dp_rank() -> None:
+    loads = [
+        {"num_running_reqs": 1, "num_waiting_reqs": 2, "disaggregation": {"prefill_inflight_queue_reqs": 3}},
+        {"num_running_reqs": 4, "num_waiting_reqs": 0},
+    ]
+    assert await count(json.dumps({"loads": loads})) == 10
+
+
+async def test_an_answer_that_makes_no_sense_is_not_taken_for_no_rooms() -> None:
+    with pytest.raises(HttpFailure, match="makes no sense"):
+        await count("{}")
+
+
+async def count(answer: str) -> int:
+    """What a counter makes of an engine that answers so."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(f"HTTP/1.1 200 OK\r\ncontent-length: {len(answer)}\r\n\r\n{answer}".encode())
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    counter = RoomCounter()
+    try:
+        return await counter.count(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    finally:
+        await counter.close()
+        server.close()
