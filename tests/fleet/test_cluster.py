@@ -85,7 +85,7 @@ async def test_a_node_that_dies_is_replaced_and_the_end_of_the_gcs_is_told(folde
         gcs, head, node = cluster.pids
         os.kill(node, signal.SIGKILL)
         async with asyncio.timeout(10):
-            while node in cluster.pids or len(cluster.pids) < 3:  # noqa: ASYNC110 - the cluster has no event for it
+            while node in cluster.pids or len(cluster.pids) < 3:
                 await asyncio.sleep(0.01)
         assert cluster.pids[:2] == [gcs, head]
         os.kill(gcs, signal.SIGKILL)

@@ -22,7 +22,8 @@ s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1], flush=True
 FAMILY = """
 import os, signal, subprocess, sys, time
 orphan = "import os,time; os.setsid(); time.sleep(600)"
-p = subprocess.Popen([sys.executable, "-c", "import subprocess,sys; subprocess.Popen([sys.executable,'-c',%r])" % orphan])
+start = "import subprocess,sys; subprocess.Popen([sys.executable,'-c',%r])" % orphan
+p = subprocess.Popen([sys.executable, "-c", start])
 p.wait(); print("ready", flush=True); time.sleep(600)
 """
 STUBBORN = (

@@ -92,7 +92,7 @@ def happened(before: dict[str, Any], after: dict[str, Any], timing: Timing, firs
 
 def rank_cells(group: Group, before: dict[str, Counters], after: dict[str, Counters]) -> list[tuple[str, ...]]:
     """Rank, PID and the difference of its counters."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for rank in group.ranks:
         old, new = before.get(rank.metrics, {}), after.get(rank.metrics, {})
 

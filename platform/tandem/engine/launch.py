@@ -167,7 +167,7 @@ FLAGS: tuple[_Row, ...] = (
 ENVIRONMENT: tuple[_Row, ...] = (
     _Row("TOKENIZERS_PARALLELISM", "false", _always),
     # What must be set before the engine is imported is in `engine/cpu/launch_server.py`.
-    # SGLang wants a core list per local worker, or one NUMA node each; without its AMX kernels, nothing is really bound.
+    # SGLang wants a core list per local worker, or one NUMA node each; without its AMX kernels nothing is bound.
     _Row("SGLANG_CPU_OMP_THREADS_BIND", lambda x: "|".join(map(str, range(x.layout.gpus_per_node))), _cpu),
     # It keeps named shared memory, which a killed engine leaves behind; and in network namespaces that share /dev/shm
     # the ranks would take each other for local ones and hang.

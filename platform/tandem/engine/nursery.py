@@ -4,10 +4,12 @@ Importing SGLang takes about 12 s of CPU, and one fleet on one machine needs it 
 once: a rank forked from it starts (and restarts after a death) in a few seconds and shares its memory.
 
 `python -m tandem.engine.nursery FD METRICS` accepts on the listening Unix socket FD, which whoever started it has made:
-a client may connect while the engine is still being imported, and waits. METRICS is an empty folder. A client sends one JSON line
-`{"argv": [SGLang's arguments…], "env": {…}, "log": path, "scratch": path}`; from then on it speaks with the guard of its engine (see
-`guard.py`) on the same connection. The engine runs in the client's network namespace. The nursery stops when its
-standard input ends, that is with whoever started it; engines forked from it live on, they belong to their owners.
+a client may connect while the engine is still being imported, and waits. METRICS is an empty folder.
+
+A client sends one JSON line `{"argv": [SGLang's arguments…], "env": {…}, "log": path, "scratch": path}`; from then on
+it speaks with the guard of its engine (see `guard.py`) on the same connection. The engine runs in the client's network
+namespace. The nursery stops when its standard input ends, that is with whoever started it; engines forked from it live
+on, they belong to their owners.
 """
 
 from __future__ import annotations
@@ -101,10 +103,10 @@ def main() -> None:
 
 def _accept(listener: socket.socket) -> None:
     while True:
-        ready, _, _ = select.select([listener, 0], [], [])
+        ready, _, _ = select.select([listener.fileno(), 0], [], [])
         if 0 in ready and not os.read(0, 4096):
             return
-        if listener in ready:
+        if listener.fileno() in ready:
             connection, _ = listener.accept()
             with connection:
                 _raise_child(listener, connection)

@@ -169,7 +169,15 @@ async def _execute(command: EngineCommand) -> socket.socket:
     with theirs:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
-            *("-E", "-S", guard.__file__, str(theirs.fileno()), str(command.log), str(command.scratch or ""), *command.argv),
+            *(
+                "-E",
+                "-S",
+                guard.__file__,
+                str(theirs.fileno()),
+                str(command.log),
+                str(command.scratch or ""),
+                *command.argv,
+            ),
             env={**os.environ, **command.environment},
             pass_fds=[theirs.fileno()],
             stdin=asyncio.subprocess.DEVNULL,

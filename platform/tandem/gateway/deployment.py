@@ -86,4 +86,4 @@ def _wait_until_running(deadline: float) -> None:
 
 def remove() -> None:
     """Stop the gateways and Serve itself; they drain first."""
-    serve.shutdown()  # type: ignore[no-untyped-call]
+    serve.shutdown()

@@ -72,7 +72,7 @@ async def ask(url: str, path: str, body: object = None) -> tuple[int, Any]:
 async def until(url: str, path: str, status: int) -> None:
     """Wait until the page answers so: the watch of the store takes a moment."""
     async with asyncio.timeout(5):
-        while (await ask(url, path))[0] != status:  # noqa: ASYNC110 - another thread's state, seen over HTTP
+        while (await ask(url, path))[0] != status:
             await asyncio.sleep(0.02)
 
 
@@ -162,7 +162,7 @@ async def test_a_stop_lets_answers_end(place: Place) -> None:
     await place.engines[1].until(lambda: place.engines[1].running)
     stopping = asyncio.create_task(asyncio.to_thread(replica.stop, 5))
     async with asyncio.timeout(5):
-        while await place.store.get(f"gateways/{record.replica}") is not None:  # noqa: ASYNC110 - as above
+        while await place.store.get(f"gateways/{record.replica}") is not None:
             await asyncio.sleep(0.02)
     assert not asking.done()
     go.set()
