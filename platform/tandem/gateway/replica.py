@@ -189,10 +189,11 @@ class GatewayReplica:
             service = self._service(driver, metrics)
             stack.callback(service.close)
             pages = Pages(self.replica, self._config.name, service.card, driver, metrics, view.snapshot)
-            server = _Server(App(service, pages), lambda: started.set_result(None))
+            listening = asyncio.Event()
+            server = _Server(App(service, pages), listening.set)
             work = [
                 asyncio.create_task(view.follow(), name="fleet-view"),
-                asyncio.create_task(self._register(store), name="registration"),
+                asyncio.create_task(self._register(store, listening, started), name="registration"),
                 asyncio.create_task(server.serve(sockets=[listener]), name="http"),
             ]
             stopping = asyncio.create_task(self._stopping.wait(), name="stopping")
@@ -226,8 +227,10 @@ class GatewayReplica:
         serve.cancel()
         await asyncio.wait(work, timeout=5)
 
-    async def _register(self, store: Store) -> None:
+    async def _register(self, store: Store, listening: asyncio.Event, started: Future[None]) -> None:
+        """Keep the entry in the store, from when the listener answers; then the replica counts as started."""
         assert self._record is not None, "it was made before the thread was"
+        await listening.wait()
         key, value = f"gateways/{self.replica}", msgspec.json.encode(self._record)
         while True:
             try:
@@ -236,6 +239,8 @@ class GatewayReplica:
             except StoreError as error:
                 # Requests go on without the store; the entry is made again when it is back.
                 log.warning("could not renew the gateway's registration: %s", error)
+            if not started.done():
+                started.set_result(None)
             await asyncio.sleep(REGISTRATION_S / 3)
 
     async def _deregister(self, store: Store) -> None:
