@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import itertools
 import json
 import random
@@ -12,7 +14,10 @@ import torch
 
 from support.fleet import Fleet
 from support.oracle import Oracle
+from tandem.bench.client import stream
 from tandem.core.shape import ModelShape
+from tandem.engine.http1 import Pool
+from tandem.fleet.counters import Counters, total
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -83,19 +88,34 @@ def test_the_rows_exchanged_are_those_that_the_router_chose(
     assert sum(expected.values()) > 0
 
 
-def _tokens(counters: dict[str, list[dict[str, object]]], mode: str) -> float:
-    from tandem.fleet.counters import total
-
+def _tokens(counters: Counters, mode: str) -> float:
     return total(counters, "tandem_engine_batch_tokens_total", mode=mode)
+
+
+def test_a_client_that_leaves_stops_both_legs(fleet: Fleet, prompt: list[int]) -> None:
+    asyncio.run(_leave_after(fleet, prompt, pieces=3))
+    fleet.until("no request is left in any engine", lambda: _idle(fleet), within=5)
+    decoded = fleet.counted("decode-0", "tandem_engine_batch_tokens_total", mode="decode")
+    assert fleet.complete([7], 2)  # the engines still serve, and have done nothing else meanwhile
+    assert fleet.counted("decode-0", "tandem_engine_batch_tokens_total", mode="decode") - decoded <= 2
+
+
+async def _leave_after(fleet: Fleet, prompt: list[int], pieces: int) -> None:
+    body = {"model": fleet.status_model, "prompt": prompt, "max_tokens": 1500, "ignore_eos": True}
+    pool = Pool()
+    async with contextlib.aclosing(stream(pool, fleet.base, "/v1/completions", body, within=30)) as answer:
+        async for _ in answer:
+            pieces -= 1
+            if not pieces:
+                break
+    await pool.close()
+
+
+def _idle(fleet: Fleet) -> bool:
+    loads = fleet.status()["loads"]
+    return bool(loads) and all(dp["running"] == 0 and dp["waiting"] == 0 for group in loads.values() for dp in group)
 
 
 def test_all_kv_is_released_when_traffic_has_ended(fleet: Fleet, prompt: list[int]) -> None:
     fleet.complete(prompt, TOKENS)
-
-    def idle() -> bool:
-        loads = fleet.status()["loads"]
-        return bool(loads) and all(
-            dp["running"] == 0 and dp["waiting"] == 0 for group in loads.values() for dp in group
-        )
-
-    fleet.until("no request is left in any engine", idle, within=10)
+    fleet.until("no request is left in any engine", lambda: _idle(fleet), within=10)

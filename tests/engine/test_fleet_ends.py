@@ -12,7 +12,8 @@ import pytest
 
 from support.fleet import Fleet, ephemeral, shared_memory
 from support.oracle import Oracle
-from tandem.config import PoolConfig
+from support.redis_server import RedisServer
+from tandem.config import PoolConfig, StateConfig
 from tandem.models.tiny import ensure_tiny
 
 pytestmark = pytest.mark.timeout(240)
@@ -78,8 +79,11 @@ def test_a_host_that_is_killed_takes_everything_with_it(memory: set[str], tiny: 
         fleet.stop()
 
 
-def test_a_fleet_that_is_stopped_leaves_nothing(memory: set[str], tiny: Path) -> None:
-    fleet = Fleet(ephemeral("stopped", tiny))
+def test_a_fleet_with_its_state_in_redis_answers_and_when_stopped_leaves_nothing(
+    redis_server: RedisServer, memory: set[str], tiny: Path, oracle: Oracle
+) -> None:
+    fleet = Fleet(ephemeral("stopped", tiny).model_copy(update={"state": StateConfig(url=redis_server.url)}))
+    assert fleet.complete([400, 500, 600], 8) == oracle.complete([400, 500, 600], 8)
     processes, ports = fleet.processes(), fleet.listening()
     began = time.monotonic()
     assert fleet.stop() == 0

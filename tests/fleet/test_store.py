@@ -8,24 +8,16 @@ import logging
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from redis_server import RedisServer, Silence
 
+from support.redis_server import RedisServer, Silence
 from tandem.state import Change, Store, StoreError, open_store
 
 Opener = Callable[..., Awaitable[Store]]
 _fleets = itertools.count()
-
-
-@pytest.fixture(scope="module")
-def redis_server() -> Iterator[RedisServer]:
-    server = RedisServer()
-    server.start()
-    yield server
-    server.remove()
 
 
 @pytest.fixture(params=["embedded", "redis"])

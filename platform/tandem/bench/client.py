@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import msgspec
@@ -44,7 +44,9 @@ class Timing(msgspec.Struct):
         return (self.total - self.ttft) / (self.tokens - 1) if self.tokens > 1 else 0.0
 
 
-async def stream(pool: Pool, base: str, path: str, body: dict[str, Any], *, within: float) -> AsyncIterator[Piece]:
+async def stream(
+    pool: Pool, base: str, path: str, body: dict[str, Any], *, within: float
+) -> AsyncGenerator[Piece, None]:
     """POST `body` with `stream: true`; yield the pieces of the answer.
 
     Args:

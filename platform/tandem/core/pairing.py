@@ -114,7 +114,7 @@ class _Request:
 class PairTable:
     """All requests and rooms of one gateway. `handle` is the only way in; it never blocks and never reads a clock."""
 
-    def __init__(self, *, max_attempts: int = 3, linger_s: float = 1.0) -> None:
+    def __init__(self, *, max_attempts: int = 3, linger_s: float = 10.0) -> None:
         """`linger_s`: how long a prefill leg may stay open after decode has finished, in seconds."""
         self._max_attempts = max_attempts
         self._linger_s = linger_s

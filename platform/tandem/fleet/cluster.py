@@ -154,6 +154,12 @@ class LocalCluster:
         """PIDs of the raylets by node id (hex), the head first."""
         return {node: process.pid for node, (_, process) in self._nodes.items()}
 
+    def grow(self, nodes: int) -> None:
+        """Add nodes, of the head's kind and place, until there are `nodes`. Call it in the main thread."""
+        head, _ = self._nodes[self.session.head]
+        while len(self._nodes) < nodes:
+            self._add(head, secrets.token_hex(28))
+
     async def tend(self) -> str:
         """Replace nodes that die; return one sentence when the cluster cannot go on. Await it in the main thread."""
         while not self._gcs.ended.done():

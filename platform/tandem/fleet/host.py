@@ -86,7 +86,7 @@ class Host:
             store = await self._open_store(stack)
             await self._start_controller(stack, nursery)
             gateway = asyncio.create_task(self._gateway(stack), name="gateway")
-            told = asyncio.create_task(self._tell_progress(store, gateway), name="progress")
+            told = asyncio.create_task(self._follow(store, gateway, cluster), name="follow")
             broken = asyncio.create_task(self._tend(cluster), name="cluster")
             stopped = asyncio.create_task(stop.wait(), name="stop")
             tasks = {gateway, told, broken, stopped}
@@ -246,10 +246,12 @@ class Host:
             raise HostError(await cluster.tend())
         await asyncio.Event().wait()
 
-    async def _tell_progress(self, store: Store, gateway: asyncio.Task[None]) -> None:
-        """Tell every change of the groups; tell once that all is ready."""
+    async def _follow(self, store: Store, gateway: asyncio.Task[None], cluster: LocalCluster | None) -> None:
+        """Tell every change of the groups, and once that all is ready; on this machine, make room for new groups."""
         ready = False
         async for snapshot in watch_snapshots(store):
+            if cluster is not None:
+                cluster.grow(nodes_for({spec.group: spec.nodes for spec in snapshot.desired}))
             self._teller.tell(Groups(snapshot.groups))
             wanted = {spec.group for spec in snapshot.desired}
             up = {group.group for group in snapshot.groups if group.state is GroupState.READY}
