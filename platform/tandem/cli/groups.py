@@ -8,11 +8,10 @@ import typer
 
 from tandem.cli.console import make_console
 from tandem.cli.running import FleetName, find, run, with_control
+from tandem.config import PoolConfig
 from tandem.core.types import FleetSnapshot, GroupSpec, GroupState, Role
-from tandem.fleet.control_client import ControlClient, ControlError
-from tandem.fleet.plan import group_name
-
-LEAVING = (GroupState.DRAINING, GroupState.GONE)
+from tandem.fleet.control_client import ControlClient
+from tandem.fleet.plan import group_name, pool_of
 
 
 def drain(
@@ -33,9 +32,8 @@ def scale(
     groups: Annotated[int, typer.Argument(metavar="N", min=0, help="How many groups it shall have.")],
     fleet: FleetName = "laptop",
 ) -> None:
-    """Change the number of groups of a pool. Surplus groups are drained, the newest first."""
-    find(fleet)
-    added, removed = run(with_control(fleet, lambda client: _scale(client, role, groups)))
+    """Change the number of groups of a pool. Surplus groups are drained, those with the highest numbers first."""
+    added, removed = run(_scale_fleet(fleet, role, groups))
     console = make_console()
     console.print(f"{role}: {groups} groups" + _list(", starting", added) + _list(", draining", removed))
 
@@ -53,16 +51,23 @@ async def _drain(client: ControlClient, group: str, deadline: float | None, wait
             return
 
 
-async def _scale(client: ControlClient, role: Role, wanted: int) -> tuple[list[str], list[str]]:
+async def _scale_fleet(fleet: str, role: Role, wanted: int) -> tuple[list[str], list[str]]:
+    folder, _ = find(fleet)
+    pool = pool_of(folder.config(), role)
+    return await with_control(fleet, lambda client: _scale(client, role, pool, wanted))
+
+
+async def _scale(client: ControlClient, role: Role, pool: PoolConfig, wanted: int) -> tuple[list[str], list[str]]:
     snapshot = await client.fleet()
     have = sorted((spec for spec in snapshot.desired if spec.role is role and not spec.draining), key=_number)
-    added = [_like(snapshot, role, name) for name in _free_names(snapshot, role, wanted - len(have))]
-    for spec in added:
+    added = _free_names(snapshot, role, wanted - len(have))
+    for name in added:
+        spec = GroupSpec(group=name, role=role, nodes=pool.nodes, gpus_per_node=pool.gpus_per_node)
         await client.put_group(spec)
-    removed = have[wanted:]
-    for spec in removed:
-        await client.drain(spec.group, None)
-    return [spec.group for spec in added], [spec.group for spec in removed]
+    removed = [spec.group for spec in have[wanted:]]
+    for name in removed:
+        await client.drain(name, None)
+    return added, removed
 
 
 def _number(spec: GroupSpec) -> tuple[int, str]:
@@ -82,11 +87,3 @@ def _free_names(snapshot: FleetSnapshot, role: Role, count: int) -> list[str]:
             names.append(name)
         number += 1
     return names
-
-
-def _like(snapshot: FleetSnapshot, role: Role, name: str) -> GroupSpec:
-    """A further group of the same size as its pool's others."""
-    for spec in snapshot.desired:
-        if spec.role is role:
-            return GroupSpec(group=name, role=role, nodes=spec.nodes, gpus_per_node=spec.gpus_per_node)
-    raise ControlError(f"the {role} pool has no group whose size a new one could take", "FAILED_PRECONDITION")

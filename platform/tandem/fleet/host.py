@@ -151,6 +151,8 @@ class Host:
     def _ray(self) -> Iterator[LocalCluster | None]:
         """Connect to Ray; on this machine, start it first."""
         address, cluster = self._config.ray.address, None
+        if address is None and self._config.device == "cuda":
+            raise HostError("device: cuda needs a Ray cluster that knows its GPUs: start one, and set ray.address")
         try:
             with self._step("Ray"):
                 if address is None:
@@ -292,6 +294,7 @@ async def _main(config: FleetConfig, teller: Teller, *, lifeline: bool) -> None:
     folder = RunFolder(config.name)
     with folder.hold():
         folder.clear()
+        folder.write_config(config)
         await Host(config, folder, teller).run(stop)
     if watcher:
         watcher.cancel()

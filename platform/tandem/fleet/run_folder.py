@@ -15,6 +15,8 @@ from pathlib import Path
 import msgspec
 import psutil
 
+from tandem.config import FleetConfig
+
 RUN_VARIABLE = "TANDEM_RUN"
 """Set in the environment of every process of a run, so that exactly these can be found again."""
 
@@ -58,7 +60,7 @@ def state_home() -> Path:
 
 
 class RunFolder:
-    """The folder of one fleet: `host.json`, `logs/`, the embedded store, the tiny model."""
+    """The folder of one fleet: `host.json`, `config.json`, `logs/`, the embedded store, the tiny model."""
 
     def __init__(self, fleet: str) -> None:
         self.fleet = fleet
@@ -66,6 +68,7 @@ class RunFolder:
         self.logs = self.path / "logs"
         self.store = self.path / "store"
         self._record = self.path / "host.json"
+        self._config = self.path / "config.json"
 
     def record(self) -> HostRecord | None:
         """The last host's record, or None if there is none."""
@@ -79,6 +82,14 @@ class RunFolder:
         draft = self._record.with_suffix(".new")
         draft.write_bytes(msgspec.json.format(msgspec.json.encode(record)))
         draft.replace(self._record)
+
+    def config(self) -> FleetConfig:
+        """The configuration of the last run. Raises OSError if there was none."""
+        return FleetConfig.model_validate_json(self._config.read_bytes())
+
+    def write_config(self, config: FleetConfig) -> None:
+        """Keep the configuration of this run."""
+        self._config.write_text(config.model_dump_json(indent=2))
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
