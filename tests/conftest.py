@@ -6,8 +6,13 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from support.redis_server import RedisServer
+
+# How fast an example is says something about the machine, not about the code.
+settings.register_profile("tandem", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tandem")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ class ConfigError(ValueError):
 def load_config(path: Path) -> FleetConfig:
     """The fleet described by a YAML file. Raises `ConfigError`."""
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text: byte {error.start} cannot be read") from error
     return parse_config(text, str(path))
 
 
@@ -34,6 +36,10 @@ def parse_config(text: str, source: str) -> FleetConfig:
         mark = error.problem_mark
         where = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
         raise ConfigError(f"{where}: not valid YAML: {error.problem or error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: not valid YAML: {error}") from error
+    if twice := list(_repeated(tree)):
+        raise ConfigError("\n".join(f"{source}:{line}: {field}: is given twice" for line, field in twice))
     if values is None:
         return FleetConfig()
     if not isinstance(values, dict):
@@ -52,6 +58,20 @@ def _sentence(source: str, tree: yaml.Node | None, mistake: Any) -> str:
         allowed = ", ".join(_fields_at(location[:-1]))
         return f"{source}:{line}: {field}: no such field; allowed here: {allowed}"
     return f"{source}:{line}: {field}: {mistake['msg']} (got {mistake['input']!r})"
+
+
+def _repeated(node: yaml.Node | None) -> Iterator[tuple[int, str]]:
+    """Line and name of every key that its mapping has already; YAML would take the last one in silence."""
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if key.value in seen:
+                yield key.start_mark.line + 1, str(key.value)
+            seen.add(str(key.value))
+            yield from _repeated(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _repeated(item)
 
 
 def _line(node: yaml.Node | None, location: Sequence[str | int]) -> int:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from support.fleet import Fleet
@@ -72,6 +75,41 @@ def test_a_second_fleet_of_the_same_name_is_refused(fleet: Fleet, tmp_path: Path
     done = tandem("up", "-f", str(file))
     assert done.returncode == 1
     assert "a fleet named shared already runs here" in done.stderr
+
+
+def starting(file: Path, *options: str) -> tuple[subprocess.Popen[str], psutil.Process]:
+    """A `tandem up` in its beginnings, and the host process that it has just started."""
+    code = "from tandem.cli.main import app; app()"
+    command = subprocess.Popen([sys.executable, "-c", code, "up", "-f", str(file), *options], text=True)
+    deadline = time.monotonic() + 20
+    while not (hosts := psutil.Process(command.pid).children()):
+        assert command.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return command, hosts[0]
+
+
+def test_a_second_up_that_is_interrupted_does_the_first_no_harm(fleet: Fleet, tmp_path: Path) -> None:
+    file = tmp_path / "fleet.yaml"
+    file.write_text("name: shared\ngateway: {port: 0}\ncontrol: {port: 0}\n")
+    command, _ = starting(file)
+    command.send_signal(signal.SIGINT)
+    command.wait(30)
+    assert fleet.folder.record() is not None
+    assert len(fleet.complete([400, 500], 4)) == 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_a_detached_up_that_ends_before_the_fleet_is_ready_takes_it_along(
+    number: signal.Signals, tiny: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "fleet.yaml"
+    file.write_text(f"name: early\nmodel: {{path: {tiny}}}\ngateway: {{port: 0}}\ncontrol: {{port: 0}}\n")
+    command, host = starting(file, "--detach")
+    command.send_signal(number)
+    command.wait(60)
+    psutil.wait_procs([host], timeout=30)
+    assert not host.is_running()
 
 
 def test_a_layout_that_cannot_work_is_refused_before_anything_starts(tiny: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from support.fleet import Fleet
 from support.oracle import Oracle
+from tandem.bench.client import RequestFailed
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -40,3 +41,14 @@ def test_streams_all_at_once_equal_the_oracle(
     fleet: Fleet, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
     assert fleet.complete_all(prompts, TOKENS) == expected
+
+
+def test_the_context_can_be_filled_to_the_last_token(fleet: Fleet) -> None:
+    """4,096 tokens, of which SGLang keeps two for itself."""
+    assert len(fleet.complete([500] * 4089, 5)) == 5
+
+
+@pytest.mark.parametrize(("prompt", "answer"), [(4091, 1), (4089, 6), (5000, 1)])
+def test_a_request_beyond_the_context_is_refused_with_openais_code(fleet: Fleet, prompt: int, answer: int) -> None:
+    with pytest.raises(RequestFailed, match=r"HTTP 400: .*maximum context length is 4094.*context_length_exceeded"):
+        fleet.complete([500] * prompt, answer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,7 +33,8 @@ def scattered(tiny: Path) -> Iterator[Fleet]:
             NodePlace(host=host, prefix=("ip", "netns", "exec", name(number)))
             for number, host in enumerate(addresses, start=1)
         ]
-        cluster = LocalCluster.start(make_scratch(), places)
+        scratch = make_scratch()
+        cluster = LocalCluster.start(scratch, places)
         try:
             config = FleetConfig(
                 name="scattered",
@@ -45,6 +47,7 @@ def scattered(tiny: Path) -> Iterator[Fleet]:
                 yield fleet
         finally:
             cluster.stop()
+            shutil.rmtree(scratch)
 
 
 def test_every_rank_has_a_machine_and_an_address_of_its_own(scattered: Fleet) -> None:

@@ -44,7 +44,7 @@ class Fleet:
     def __init__(self, config: FleetConfig) -> None:
         self.config = config
         self.folder = RunFolder(config.name)
-        self.host: subprocess.Popen[bytes] = start_host(config, detach=False)
+        self.host: subprocess.Popen[bytes] = start_host(config)
         self._messages: queue.Queue[Message | None] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()
         self.ready = self._await_ready()
@@ -159,7 +159,8 @@ class Fleet:
             except subprocess.TimeoutExpired:
                 self.host.kill()
         code = self.host.wait()
-        self.folder.clear()
+        with self.folder.hold():
+            self.folder.clear()
         return code
 
 

@@ -53,3 +53,17 @@ def test_a_list_is_not_a_fleet() -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read: No such file"):
         load_config(tmp_path / "none.yaml")
+
+
+def test_a_field_that_is_given_twice_is_a_mistake() -> None:
+    assert mistake("decode:\n  groups: 2\n  groups: 3\n") == "fleet.yaml:3: groups: is given twice"
+
+
+def test_a_file_that_is_not_text_is_said_to_be_so(tmp_path: Path) -> None:
+    (tmp_path / "fleet.yaml").write_bytes(b"name: \xff\xfe")
+    with pytest.raises(ConfigError, match="is not UTF-8 text"):
+        load_config(tmp_path / "fleet.yaml")
+
+
+def test_yaml_with_forbidden_characters_is_a_mistake_not_a_crash() -> None:
+    assert "not valid YAML" in mistake("name: a\0b")

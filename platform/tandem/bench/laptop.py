@@ -7,12 +7,13 @@ import contextlib
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 import psutil
 
 from tandem.bench.client import Timing, timed
+from tandem.engine.guard import descendants
 from tandem.engine.http1 import Pool
 from tandem.fleet.run_folder import processes_of
 
@@ -39,6 +40,8 @@ class Footprint(msgspec.Struct, frozen=True, kw_only=True):
     """Proportional set size: shared pages are counted once."""
     idle_cores: float
     """CPU seconds per second."""
+    idle_cores_engine: float
+    """The same for the busiest engine, one rank with all its processes."""
 
 
 class Report(msgspec.Struct, kw_only=True):
@@ -77,16 +80,21 @@ def _body(model: str) -> dict[str, object]:
     return {"model": model, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
 
 
-async def footprint(run: str, *, over: float = 10.0) -> Footprint:
-    """Memory of every process of `run`, and the CPU time they take over `over` seconds."""
-    processes = processes_of(run)
-    before = sum(map(_cpu_seconds, processes))
+async def footprint(run: str, engines: Sequence[int], *, over: float = 10.0) -> Footprint:
+    """Memory of every process of `run`, and the CPU time they take over `over` seconds.
+
+    Args:
+        engines: PIDs of the engines' main processes.
+    """
+    trees = [processes_of(run), *([psutil.Process(pid) for pid in (pid, *descendants(pid))] for pid in engines)]
+    before = [sum(map(_cpu_seconds, tree)) for tree in trees]
     await asyncio.sleep(over)
-    after = sum(map(_cpu_seconds, processes))
+    spent = [sum(map(_cpu_seconds, tree)) - start for tree, start in zip(trees, before, strict=True)]
     return Footprint(
-        processes=len(processes),
-        pss_bytes=sum(map(_pss, processes)),
-        idle_cores=max(0.0, after - before) / over,
+        processes=len(trees[0]),
+        pss_bytes=sum(map(_pss, trees[0])),
+        idle_cores=spent[0] / over,
+        idle_cores_engine=max(spent[1:], default=0.0) / over,
     )
 
 

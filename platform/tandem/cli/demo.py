@@ -29,7 +29,7 @@ def demo() -> None:
     """Start a fleet, stream one chat answer, show what happened, stop, leave nothing behind."""
     console = make_console()
     began = time.monotonic()
-    host = start_host(CONFIG, detach=False)
+    host = start_host(CONFIG)
     try:
         ready = follow(host, console)
         console.print(f"\n[green]ready[/] after {ready.seconds:.1f} s. Asking: [bold]{QUESTION}[/]\n")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 
 import psutil
 
 from tandem.cli.console import make_console
 from tandem.cli.running import FleetName, fail
-from tandem.fleet.run_folder import RunFolder
+from tandem.fleet.run_folder import AlreadyRunningError, RunFolder
 
 STOP_DEADLINE_S = 90.0
 
@@ -26,7 +27,7 @@ def down(fleet: FleetName = "laptop") -> None:
         if record.alive:
             clean = end_host(folder, psutil.Process(record.pid))
         else:
-            folder.clear()
+            clear(folder)
     if not clean:
         fail(f"the fleet did not stop within {STOP_DEADLINE_S:.0f} s and was killed; {folder.logs} says why")
     console.print(f"fleet {fleet} is down; its logs stay in {folder.logs}")
@@ -43,5 +44,11 @@ def end_host(folder: RunFolder, host: psutil.Process) -> bool:
         clean = False
     except psutil.NoSuchProcess:
         clean = True
-    folder.clear()
+    clear(folder)
     return clean
+
+
+def clear(folder: RunFolder) -> None:
+    """Remove what the last run left, unless another host has begun a new one meanwhile."""
+    with contextlib.suppress(AlreadyRunningError), folder.hold():
+        folder.clear()

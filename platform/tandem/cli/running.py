@@ -8,6 +8,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 
 import msgspec
 import typer
+from rich.markup import escape
 
 from tandem.bench.client import RequestFailed
 from tandem.cli.console import make_console
@@ -31,7 +32,7 @@ class NotRunning(Exception):
 
 def fail(message: str) -> NoReturn:
     """Say what was wrong, and end with code 1."""
-    errors.print(f"[red]tandem:[/] {message}", highlight=False, markup=True)
+    errors.print(f"[red]tandem:[/] {escape(message)}", highlight=False, soft_wrap=True)
     raise typer.Exit(1)
 
 

@@ -36,11 +36,14 @@ def up(
     """Start a fleet and show how each rank comes up. Ctrl-C stops it, unless detached."""
     config = read_config(file)
     console = make_console()
-    host = start_host(config, detach=detach)
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGHUP, _interrupt)
+    host = start_host(config)
     try:
         ready = follow(host, console)
         console.print(f"\n[green]ready[/] after {ready.seconds:.1f} s   {ready.http}/v1   control {ready.control}")
         if detach:
+            let_go(host)
             console.print("`tandem chat` talks to it, `tandem status` shows it, `tandem down` stops it")
             return
         console.print("Ctrl-C stops it; in another terminal: `tandem chat`, `tandem status --watch`")
@@ -58,14 +61,13 @@ def read_config(file: Path | None) -> FleetConfig:
         fail(str(error))
 
 
-def start_host(config: FleetConfig, *, detach: bool) -> subprocess.Popen[bytes]:
-    """Start the host process. Unless detached it ends with this process, however that ends."""
+def start_host(config: FleetConfig) -> subprocess.Popen[bytes]:
+    """Start the host process. It ends with this process, however that ends, unless it is let go."""
     folder = RunFolder(config.name)
-    folder.logs.mkdir(parents=True, exist_ok=True)
-    arguments = [sys.executable, "-m", "tandem.fleet.host", *([] if detach else ["--lifeline"])]
+    folder.make()
     with open(folder.logs / "host.log", "ab") as log:
         host = subprocess.Popen(
-            arguments,
+            [sys.executable, "-m", "tandem.fleet.host"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -75,9 +77,15 @@ def start_host(config: FleetConfig, *, detach: bool) -> subprocess.Popen[bytes]:
     with contextlib.suppress(BrokenPipeError):
         host.stdin.write(config.model_dump_json().encode() + b"\n")
         host.stdin.flush()
-        if detach:
-            host.stdin.close()
     return host
+
+
+def let_go(host: subprocess.Popen[bytes]) -> None:
+    """Let the host run on when this process ends."""
+    assert host.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        host.stdin.write(b"detach\n")
+        host.stdin.close()
 
 
 def follow(host: subprocess.Popen[bytes], console: Console) -> Ready:
@@ -105,11 +113,6 @@ def stop_host(fleet: str, host: subprocess.Popen[bytes]) -> None:
 
 def _wait(host: subprocess.Popen[bytes]) -> None:
     """Wait for the host to end by itself, which is a failure."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
     assert host.stdout is not None
     failure = ""
     for line in host.stdout:
@@ -118,6 +121,11 @@ def _wait(host: subprocess.Popen[bytes]) -> None:
             failure = message.why
     host.wait()
     fail(failure or f"the host process ended with code {host.returncode}")
+
+
+def _interrupt(*_: object) -> None:
+    """SIGTERM and SIGHUP end the command as Ctrl-C does."""
+    raise KeyboardInterrupt
 
 
 class _View:

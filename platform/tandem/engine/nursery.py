@@ -67,7 +67,7 @@ def _engine(request: dict[str, object]) -> None:
 
 def _raise_child(listener: socket.socket, connection: socket.socket) -> None:
     """Fork a guard for the request on `connection`, which forks the engine."""
-    connection.settimeout(5)
+    connection.settimeout(1)  # the request is sent in one piece, at once
     try:
         request = _request(connection)
     except (OSError, ValueError) as error:

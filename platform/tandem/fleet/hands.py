@@ -136,6 +136,7 @@ class Hands:
         except (NoEngineError, RayError, TimeoutError, ValueError) as error:
             self._post(StartFailed(epoch=epoch, reason=f"cannot be started: {sentence(error)}"))
             return
+        self._pids.clear()  # these have gone, and their numbers may come to mean other processes
         for rank, (prepared, status) in enumerate(zip(found, started, strict=True)):
             self._pids.setdefault(prepared.node, []).append(status.pid)
             self._post(

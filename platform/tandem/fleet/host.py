@@ -1,8 +1,8 @@
 """The host process of a fleet: what `tandem up` starts, and what everything else belongs to.
 
-`python -m tandem.fleet.host [--lifeline]` reads the configuration (one JSON line) from standard input, starts the
-fleet, tells its progress on standard output (see `progress.py`) and runs until SIGTERM. With `--lifeline` it also
-stops when standard input ends, that is when the command that started it does.
+`python -m tandem.fleet.host` reads the configuration (one JSON line) from standard input, starts the fleet, tells its
+progress on standard output (see `progress.py`) and runs until SIGTERM, or until standard input ends, that is until the
+command that started it does. The line `detach` lets it run on.
 
 On a machine of its own it starts Ray and the nursery; with `ray.address` set it only brings controller and gateway to
 that cluster.
@@ -16,6 +16,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -52,6 +53,7 @@ log = logging.getLogger(__name__)
 
 CONTROLLER_DEADLINE_S = 60.0
 GATEWAY_DEADLINE_S = 120.0
+STOP_DEADLINE_S = 75.0
 STATE_PREFIXES = ("desired/", "groups/", "gateways/", "control")
 """What an earlier run may have left in a store that outlives it; of a Ray cluster that was its own, nothing lives."""
 
@@ -71,14 +73,16 @@ class Host:
         self._namespace = config.ray.namespace or f"tandem-{config.name}"
         self._model_path = config.model.path or folder.path / "models" / "tiny"
         self._model_name = config.model.name or self._model_path.name
-        self._run = uuid.uuid4().hex
+        self.run_id = uuid.uuid4().hex
         self._scratch = make_scratch()
+        self._ready = asyncio.Event()
+        self._missing = "no group has begun to start"
 
     async def run(self, stop: asyncio.Event) -> None:
         """Start everything, then wait for `stop`. Raises `HostError` when the fleet cannot go on."""
         async with AsyncExitStack() as stack:
             stack.callback(self._end)
-            os.environ[RUN_VARIABLE] = self._run  # every process from here on inherits it
+            os.environ[RUN_VARIABLE] = self.run_id  # every process from here on inherits it
             self._write_record()
             await self._make_model()
             nursery = await self._start_nursery(stack)
@@ -88,8 +92,9 @@ class Host:
             gateway = asyncio.create_task(self._gateway(stack), name="gateway")
             told = asyncio.create_task(self._follow(store, gateway, cluster), name="follow")
             broken = asyncio.create_task(self._tend(cluster), name="cluster")
+            late = asyncio.create_task(self._expect_ready(), name="deadline")
             stopped = asyncio.create_task(stop.wait(), name="stop")
-            tasks = {gateway, told, broken, stopped}
+            tasks = {gateway, told, broken, late, stopped}
             try:
                 await self._until_over(tasks, stopped)
             finally:
@@ -117,7 +122,7 @@ class Host:
             HostRecord(
                 pid=os.getpid(),
                 created=psutil.Process().create_time(),
-                run=self._run,
+                run=self.run_id,
                 scratch=str(self._scratch),
                 store=self._config.state.url,
                 ray=ray,
@@ -231,17 +236,28 @@ class Host:
 
         with self._step("gateway"):
             stack.push_async_callback(asyncio.to_thread, remove)
-            try:
-                await asyncio.to_thread(
+            given_up = threading.Event()
+            deployed = asyncio.create_task(
+                asyncio.to_thread(
                     deploy,
                     self._config,
                     model_path=self._model_path,
                     store_url=self._config.state.url,
                     folder=self._folder.store,
                     deadline=GATEWAY_DEADLINE_S,
-                )
+                    given_up=given_up,
+                ),
+                name="deploy",
+            )
+            try:
+                await asyncio.shield(deployed)
             except RuntimeError as error:
                 raise HostError(str(error)) from error
+            except asyncio.CancelledError:
+                # The thread must not outlive the connection to Ray: it would look for another cluster.
+                given_up.set()
+                await asyncio.wait([deployed], timeout=GATEWAY_DEADLINE_S)
+                raise
 
     async def _tend(self, cluster: LocalCluster | None) -> None:
         if cluster is not None:
@@ -250,16 +266,20 @@ class Host:
 
     async def _follow(self, store: Store, gateway: asyncio.Task[None], cluster: LocalCluster | None) -> None:
         """Tell every change of the groups, and once that all is ready; on this machine, make room for new groups."""
-        ready = False
         async for snapshot in watch_snapshots(store):
             if cluster is not None:
                 cluster.grow(nodes_for({spec.group: spec.nodes for spec in snapshot.desired}))
             self._teller.tell(Groups(snapshot.groups))
             wanted = {spec.group for spec in snapshot.desired}
             up = {group.group for group in snapshot.groups if group.state is GroupState.READY}
-            if not ready and wanted <= up and snapshot.gateways:
+            self._missing = "; ".join(
+                f"{group.group} is {group.state}: {group.reason or 'no reason given'}"
+                for group in snapshot.groups
+                if group.group in wanted - up
+            )
+            if not self._ready.is_set() and wanted <= up and snapshot.gateways:
                 await asyncio.wait_for(asyncio.shield(gateway), GATEWAY_DEADLINE_S)
-                ready = True
+                self._ready.set()
                 control = await store.get("control")
                 self._teller.tell(
                     Ready(
@@ -269,47 +289,73 @@ class Host:
                     )
                 )
 
+    async def _expect_ready(self) -> None:
+        """Give up when the fleet is not ready in the time that a group may take, and a minute more."""
+        limit = self._config.timeouts.group_start_s + 60
+        try:
+            await asyncio.wait_for(self._ready.wait(), limit)
+        except TimeoutError as error:
+            raise HostError(f"the fleet was not ready after {limit:.0f} s: {self._missing}") from error
+
     def _end(self) -> None:
         """Make sure that nothing is left."""
-        if left := sweep(self._run):
+        if left := sweep(self.run_id):
             log.warning("%d processes had to be killed at the end", left)
         shutil.rmtree(self._scratch, ignore_errors=True)
 
 
 async def _lifeline(stop: asyncio.Event) -> None:
-    """Set `stop` when standard input ends."""
+    """Set `stop` when standard input ends without the word that lets this process run on."""
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    while await reader.read(4096):
-        pass
-    stop.set()
+    if await reader.readline() != b"detach\n":
+        stop.set()
 
 
-async def _main(config: FleetConfig, teller: Teller, *, lifeline: bool) -> None:
+async def _limit(stop: asyncio.Event, run: str) -> None:
+    """Give the end of the fleet a deadline that holds whatever this process waits for."""
+    await stop.wait()
+    timer = threading.Timer(STOP_DEADLINE_S, _end_late, [run])
+    timer.daemon = True
+    timer.start()
+
+
+def _end_late(run: str) -> None:
+    """End this process although something in it does not."""
+    log.critical("the fleet did not stop within %.0f s: it is killed", STOP_DEADLINE_S)
+    sweep(run)
+    os._exit(1)
+
+
+async def _main(config: FleetConfig, teller: Teller) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    watcher = asyncio.create_task(_lifeline(stop)) if lifeline else None
+    lifeline = asyncio.create_task(_lifeline(stop), name="lifeline")
     folder = RunFolder(config.name)
     with folder.hold():
         folder.clear()
         folder.write_config(config)
-        await Host(config, folder, teller).run(stop)
-    if watcher:
-        watcher.cancel()
+        host = Host(config, folder, teller)
+        limit = asyncio.create_task(_limit(stop, host.run_id), name="limit")
+        await host.run(stop)
+    lifeline.cancel()
+    limit.cancel()
 
 
 def main() -> None:
     """Entry point of the module."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    config = FleetConfig.model_validate_json(sys.stdin.buffer.readline())
+    # Unbuffered: what follows the first line is for the lifeline.
+    with os.fdopen(os.dup(0), "rb", buffering=0) as stdin:
+        config = FleetConfig.model_validate_json(stdin.readline())
     # Libraries print to standard output, where our messages go: give them standard error instead.
     messages = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     teller = Teller(messages)
     try:
-        asyncio.run(_main(config, teller, lifeline="--lifeline" in sys.argv[1:]))
+        asyncio.run(_main(config, teller))
     except (HostError, AlreadyRunningError, StoreError) as error:
         log.error("%s", error)
         teller.tell(Failed(str(error)))

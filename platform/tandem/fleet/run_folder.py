@@ -79,9 +79,7 @@ class RunFolder:
 
     def write(self, record: HostRecord) -> None:
         """Replace the record."""
-        draft = self._record.with_suffix(".new")
-        draft.write_bytes(msgspec.json.format(msgspec.json.encode(record)))
-        draft.replace(self._record)
+        self._replace(self._record, msgspec.json.format(msgspec.json.encode(record)))
 
     def config(self) -> FleetConfig:
         """The configuration of the last run. Raises OSError if there was none."""
@@ -89,12 +87,25 @@ class RunFolder:
 
     def write_config(self, config: FleetConfig) -> None:
         """Keep the configuration of this run."""
-        self._config.write_text(config.model_dump_json(indent=2))
+        self._replace(self._config, config.model_dump_json(indent=2).encode())
+
+    def make(self) -> None:
+        """Make the folder, for this user's eyes: it holds the store's URL, with its password, and the logs."""
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.logs.mkdir(exist_ok=True)
+
+    @staticmethod
+    def _replace(path: Path, content: bytes) -> None:
+        draft = path.with_suffix(".new")
+        draft.unlink(missing_ok=True)
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(content)
+        draft.replace(path)
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
         """Be the only host of this fleet. Raises `AlreadyRunningError`."""
-        self.logs.mkdir(parents=True, exist_ok=True)
+        self.make()
         with open(self.path / "lock", "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -108,7 +119,10 @@ class RunFolder:
             yield
 
     def clear(self) -> None:
-        """Forget the last run: its processes, its sockets, its embedded state, its record. Logs stay."""
+        """Forget the last run: its processes, its sockets, its embedded state, its record. Logs stay.
+
+        Only for who holds the folder (`hold`): otherwise the last run may be one that runs.
+        """
         if record := self.record():
             sweep(record.run)
             shutil.rmtree(record.scratch, ignore_errors=True)

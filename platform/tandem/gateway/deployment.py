@@ -5,6 +5,7 @@ else: it runs without its own HTTP proxy, and no request passes a Serve handle (
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tandem.gateway.replica import GatewayReplica
 
 APPLICATION = "tandem-gateway"
 DRAIN_S = 30.0
+_LOOK_S = 0.1
 
 
 class _Gateway:
@@ -49,11 +51,21 @@ class _Gateway:
             await asyncio.to_thread(replica.stop, DRAIN_S)
 
 
-def deploy(config: FleetConfig, *, model_path: Path, store_url: str, folder: Path, deadline: float = 120.0) -> None:
+def deploy(
+    config: FleetConfig,
+    *,
+    model_path: Path,
+    store_url: str,
+    folder: Path,
+    deadline: float = 120.0,
+    given_up: threading.Event | None = None,
+) -> None:
     """Run `config.gateway.replicas` gateways on the Ray cluster that this process is connected to.
 
     Returns when all of them listen; they are then in the store under `gateways/`. Called again it brings the running
-    ones to the new configuration. Raises RuntimeError (Serve's) or ReplicaError's cause when they do not start.
+    ones to the new configuration. Set `given_up` from another thread to have it return early.
+
+    Raises RuntimeError (Serve's), with a replica's own words, when they do not start.
     """
     serve.start(proxy_location=ProxyLocation.Disabled)
     gateway = serve.deployment(
@@ -70,18 +82,17 @@ def deploy(config: FleetConfig, *, model_path: Path, store_url: str, folder: Pat
     target = serve.RunTarget(bound, name=APPLICATION, route_prefix=None)
     # Our own wait has a deadline, Serve's has none.
     serve.run_many([target], wait_for_applications_running=False)
-    _wait_until_running(deadline)
+    _wait_until_running(deadline, given_up or threading.Event())
 
 
-def _wait_until_running(deadline: float) -> None:
+def _wait_until_running(deadline: float, given_up: threading.Event) -> None:
     end = time.monotonic() + deadline
-    while True:
+    while not given_up.wait(_LOOK_S):
         application = serve.status().applications[APPLICATION]
         if application.status == "RUNNING":
             return
         if application.status == "DEPLOY_FAILED" or time.monotonic() > end:
             raise RuntimeError(f"the gateway did not start ({application.status}): {application.message}")
-        time.sleep(0.1)
 
 
 def remove() -> None:

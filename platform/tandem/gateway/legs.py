@@ -159,6 +159,7 @@ class Leg:
                 await self._client.abort(self._url, self._rid, within=1.0)
             except EngineError as error:
                 log.warning("could not abort the %s leg of room %d: %s", self.role.value, self.room, error)
-                break
+                if error.failure.kind is FailureKind.UNREACHABLE:
+                    break
             await asyncio.wait({reader}, timeout=ABORT_WAIT_S)
         reader.cancel()

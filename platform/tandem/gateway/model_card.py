@@ -18,17 +18,27 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     path: str
     context: int
-    """Tokens of prompt and answer together, at most."""
+    """Tokens of prompt and answer together, at most; a prompt alone may have `PROMPT_RESERVE` fewer."""
     vocab_size: int
     sampling: dict[str, float]
     """The checkpoint's own sampling defaults (`generation_config.json`), for what a request leaves open."""
 
 
+CONTEXT_RESERVE = 2
+"""Tokens of the context, or of the KV pool if that is smaller, that SGLang 0.5.23 never fills (`managers/scheduler.py`,
+`max_req_len`; `managers/tokenizer_manager.py` shortens an answer that would)."""
+PROMPT_RESERVE = 4
+"""Tokens beyond those that a prompt must leave (`max_req_input_len`)."""
+
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
-def load_card(folder: Path, name: str | None = None) -> ModelCard:
-    """Read `config.json` and `generation_config.json`; `name` defaults to the folder's. Raises ModelError."""
+def load_card(folder: Path, name: str | None = None, kv_tokens: int | None = None) -> ModelCard:
+    """Read `config.json` and `generation_config.json`; `name` defaults to the folder's. Raises ModelError.
+
+    Args:
+        kv_tokens: the smallest KV pool of a DP rank that may hold a request; None = not known, so no limit.
+    """
     config = read_json(folder / "config.json")
     context, vocab = config.get("max_position_embeddings"), config.get("vocab_size")
     if not isinstance(context, int) or not isinstance(vocab, int):
@@ -41,7 +51,7 @@ def load_card(folder: Path, name: str | None = None) -> ModelCard:
     return ModelCard(
         name=name or folder.name or folder.resolve().name,
         path=str(folder),
-        context=context,
+        context=min(context, kv_tokens or context) - CONTEXT_RESERVE,
         vocab_size=vocab,
         sampling=sampling,
     )

@@ -6,7 +6,6 @@ names it, unless it has the value that changes nothing.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -30,7 +29,8 @@ def number(low: float, high: float, *, above_low: bool = False) -> Check:
     def check(param: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise wrong_type(param, "a number", value)
-        if not math.isfinite(value) or value > high:
+        # Compared before anything else: an integer of 500 digits has no float.
+        if value > high or value != value:
             raise _out_of_range(param, value, f"<= {high:g}", "decimal_above_max_value")
         if value < low or (above_low and value == low):
             raise _out_of_range(param, value, f"{'>' if above_low else '>='} {low:g}", "decimal_below_min_value")
@@ -159,7 +159,7 @@ def check_fields(body: Mapping[str, Any], known: Collection[str]) -> None:
 
 
 def _out_of_range(param: str, value: object, wanted: str, code: str) -> ApiError:
-    message = f"Invalid value for '{param}': expected a value {wanted}, but got {value} instead."
+    message = f"Invalid value for '{param}': expected a value {wanted}, but got {value!s:.40} instead."
     return bad_value(param, message, code)
 
 

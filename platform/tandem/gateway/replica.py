@@ -22,6 +22,7 @@ import uvicorn
 import uvloop
 
 from tandem.config import FleetConfig
+from tandem.core.layout import CPU_KV_TOKENS
 from tandem.core.types import GatewayReplica as Record
 from tandem.engine.client import EngineClient
 from tandem.gateway.app import App
@@ -207,9 +208,15 @@ class GatewayReplica:
                     task.result()
 
     def _service(self, driver: PairDriver, metrics: Metrics) -> Service:
-        card = load_card(self._model_path, self._config.model.name)
+        card = load_card(self._model_path, self._config.model.name, self._smallest_pool())
         tokenizer = Tokenizer.load(self._model_path)
         return Service(self._config.gateway, card, tokenizer, Vocabulary(tokenizer.inner), driver, metrics)
+
+    def _smallest_pool(self) -> int | None:
+        """KV tokens of the DP ranks with the fewest; None where SGLang measures a GPU's memory itself."""
+        on_cpu = CPU_KV_TOKENS if self._config.device == "cpu" else None
+        pools = [pool.max_total_tokens or on_cpu for pool in (self._config.prefill, self._config.decode)]
+        return min((tokens for tokens in pools if tokens), default=None)
 
     async def _close(self, work: list[asyncio.Task[None]], store: Store, server: _Server, driver: PairDriver) -> None:
         follow, register, serve = work

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from tandem.gateway.errors import ApiError, bad_value, unsupported
-from tandem.gateway.model_card import ModelCard
+from tandem.gateway.model_card import PROMPT_RESERVE, ModelCard
 from tandem.gateway.params import boolean, check_fields, integer, sampling_params, stop_strings, text, wrong_type
 
 CHAT_DEFAULT_TOKENS = 32_768
@@ -85,7 +85,7 @@ def check_length(wanted: Wanted, prompt_tokens: int, card: ModelCard) -> int:
     if prompt_tokens == 0:
         raise bad_value(param, f"'{param}' is empty: there is nothing to continue.", "empty_prompt")
     asked = wanted.max_tokens or 0
-    if prompt_tokens >= card.context or prompt_tokens + asked > card.context:
+    if prompt_tokens > card.context - PROMPT_RESERVE or prompt_tokens + asked > card.context:
         answer = f" and {asked} in the answer" if asked else ""
         message = (
             f"This model's maximum context length is {card.context} tokens. However, your request has {prompt_tokens} "
@@ -105,7 +105,7 @@ def _check_model(body: Mapping[str, Any], card: ModelCard) -> None:
 
 def model_not_found(name: str) -> ApiError:
     message = f"The model `{name}` does not exist or you do not have access to it."
-    return ApiError(404, message, code="model_not_found")
+    return ApiError(404, message, param="model", code="model_not_found")
 
 
 def _wanted(
@@ -184,7 +184,7 @@ def _message(where: str, message: Any) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise wrong_type(where, "an object", message)
     role = message.get("role")
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         allowed = ", ".join(f"'{name}'" for name in sorted(ROLES))
         raise bad_value(f"{where}.role", f"'{where}.role' must be one of {allowed}.")
     calls = message.get("tool_calls")
@@ -229,4 +229,7 @@ def _tool_calls(where: str, calls: Any) -> list[dict[str, Any]]:
             raise wrong_type(f"{where}[{place}].function", "an object", function)
         for field in ("name", "arguments"):
             text(f"{where}[{place}].function.{field}", function.get(field))
+        for field in ("type", "id"):
+            if call.get(field) is not None:
+                text(f"{where}[{place}].{field}", call[field])
     return [{**call, "type": call.get("type") or "function"} for call in calls]
