@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import msgspec
@@ -89,8 +89,16 @@ def _piece(event: dict[str, Any]) -> Piece:
     )
 
 
-async def timed(pool: Pool, base: str, path: str, body: dict[str, Any], *, within: float = 60.0) -> Timing:
-    """Run one request to its end."""
+async def timed(
+    pool: Pool,
+    base: str,
+    path: str,
+    body: dict[str, Any],
+    *,
+    within: float = 60.0,
+    show: Callable[[Piece], None] = lambda piece: None,
+) -> Timing:
+    """Run one request to its end; `show` is given each piece as it comes. Raises `RequestFailed`."""
     started = time.perf_counter()
     timing = Timing()
     async for piece in stream(pool, base, path, body, within=within):
@@ -100,4 +108,5 @@ async def timed(pool: Pool, base: str, path: str, body: dict[str, Any], *, withi
         if piece.usage:
             timing.tokens = int(piece.usage["completion_tokens"])
         timing.total = now
+        show(piece)
     return timing

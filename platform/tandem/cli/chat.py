@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from tandem.bench.client import stream
+from tandem.bench.client import Piece, Timing, timed
 from tandem.cli.console import make_console
 from tandem.cli.running import FleetName, NotRunning, run, snapshot_from_store
 from tandem.engine.http1 import Pool
@@ -35,7 +35,7 @@ async def _chat(fleet: str, message: str | None, options: dict[str, Any]) -> Non
     try:
         while (line := message or await _read_line(console)) is not None:
             conversation.append({"role": "user", "content": line})
-            answer = await say(pool, base, {"model": model, "messages": conversation, **options}, console)
+            answer, _ = await say(pool, base, {"model": model, "messages": conversation, **options}, console)
             conversation.append({"role": "assistant", "content": answer})
             if message is not None:
                 return
@@ -51,15 +51,18 @@ async def endpoint(fleet: str) -> tuple[str, str]:
     return snapshot.gateways[0].url, snapshot.model_name
 
 
-async def say(pool: Pool, base: str, body: dict[str, Any], console: Console) -> str:
-    """Stream one answer to the console; return its text without the reasoning."""
-    answer = ""
-    async for piece in stream(pool, base, "/v1/chat/completions", body, within=WITHIN_S):
+async def say(pool: Pool, base: str, body: dict[str, Any], console: Console) -> tuple[str, Timing]:
+    """Stream one answer to the console; return its text without the reasoning, and how long it took."""
+    texts: list[str] = []
+
+    def show(piece: Piece) -> None:
         console.print(piece.reasoning, style="dim", end="", markup=False, highlight=False)
         console.print(piece.text, end="", markup=False, highlight=False)
-        answer += piece.text
+        texts.append(piece.text)
+
+    timing = await timed(pool, base, "/v1/chat/completions", body, within=WITHIN_S, show=show)
     console.print()
-    return answer
+    return "".join(texts), timing
 
 
 async def _read_line(console: Console) -> str | None:

@@ -10,7 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tandem.bench.client import Timing, stream
+from tandem.bench.client import Timing
+from tandem.cli.chat import say
 from tandem.cli.console import make_console
 from tandem.cli.running import run
 from tandem.cli.status import full_status
@@ -52,22 +53,11 @@ async def _ask(base: str, model: str, console: Console) -> Timing:
         "max_tokens": MAX_TOKENS,
         "temperature": 0,
     }
-    timing = Timing()
-    began = time.perf_counter()
     pool = Pool()
     try:
-        async for piece in stream(pool, base, "/v1/chat/completions", body, within=60):
-            timing.total = time.perf_counter() - began
-            if not timing.ttft and (piece.text or piece.reasoning):
-                timing.ttft = timing.total
-            if piece.usage:
-                timing.tokens = int(piece.usage["completion_tokens"])
-            console.print(piece.reasoning, style="dim", end="", markup=False, highlight=False)
-            console.print(piece.text, end="", markup=False, highlight=False)
+        return (await say(pool, base, body, console))[1]
     finally:
         await pool.close()
-    console.print()
-    return timing
 
 
 def happened(before: dict[str, Any], after: dict[str, Any], timing: Timing, first: float) -> Table:
