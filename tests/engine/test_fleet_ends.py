@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from support.fleet import Fleet, ephemeral, shared_memory
+from support.fleet import Fleet, ephemeral, shared_memory, temporary_files
 from support.oracle import Oracle
 from support.redis_server import RedisServer
 from tandem.config import PoolConfig, StateConfig
@@ -82,6 +82,7 @@ def test_a_host_that_is_killed_takes_everything_with_it(memory: set[str], tiny: 
 def test_a_fleet_with_its_state_in_redis_answers_and_when_stopped_leaves_nothing(
     redis_server: RedisServer, memory: set[str], tiny: Path, oracle: Oracle
 ) -> None:
+    temporary = temporary_files()
     fleet = Fleet(ephemeral("stopped", tiny).model_copy(update={"state": StateConfig(url=redis_server.url)}))
     assert fleet.complete([400, 500, 600], 8) == oracle.complete([400, 500, 600], 8)
     processes, ports = fleet.processes(), fleet.listening()
@@ -89,4 +90,4 @@ def test_a_fleet_with_its_state_in_redis_answers_and_when_stopped_leaves_nothing
     assert fleet.stop() == 0
     assert time.monotonic() - began < 30
     assert_nothing_left(fleet, processes, ports, memory)
-    assert not Path(fleet.record.scratch).exists()
+    assert temporary_files() - temporary == set()

@@ -8,6 +8,7 @@ import os
 import queue
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -167,6 +168,11 @@ class Fleet:
 def shared_memory() -> set[str]:
     """Names in /dev/shm."""
     return set(os.listdir("/dev/shm"))
+
+
+def temporary_files() -> set[str]:
+    """Names in the folder of temporary files, other than pytest's own."""
+    return {name for name in os.listdir(tempfile.gettempdir()) if name.startswith(("sglang", "tandem", "tmp", "ray"))}
 
 
 @contextlib.contextmanager

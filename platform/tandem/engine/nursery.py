@@ -23,6 +23,7 @@ import signal
 import socket
 import struct
 import sys
+import tempfile
 
 from tandem.engine import guard
 from tandem.engine.cpu import launch_server
@@ -43,9 +44,15 @@ def _request(connection: socket.socket) -> dict[str, object]:
     return request
 
 
+def _peer(connection: socket.socket) -> tuple[int, int]:
+    """PID and user of the process at the other end."""
+    pid, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return pid, user
+
+
 def _join_network(connection: socket.socket) -> None:
     """Enter the network namespace of the process at the other end, unless it is this one's."""
-    peer = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))[0]
+    peer, _ = _peer(connection)
     if os.readlink(f"/proc/{peer}/ns/net") == os.readlink("/proc/self/ns/net"):
         return
     with open(f"/proc/{peer}/ns/net") as namespace:
@@ -61,6 +68,7 @@ def _engine(request: dict[str, object]) -> None:
     assert isinstance(env, dict)
     assert isinstance(argv, list)
     os.environ.update(env)
+    tempfile.tempdir = None  # look at TMPDIR again: an import has asked for it already
     sys.argv = ["tandem.engine.cpu.launch_server", *argv]
     launch_server.serve(argv)
 
@@ -69,6 +77,8 @@ def _raise_child(listener: socket.socket, connection: socket.socket) -> None:
     """Fork a guard for the request on `connection`, which forks the engine."""
     connection.settimeout(1)  # the request is sent in one piece, at once
     try:
+        if _peer(connection)[1] != os.getuid():
+            raise ValueError("its user is not this one")
         request = _request(connection)
     except (OSError, ValueError) as error:
         print(f"tandem nursery: refused a request: {error}", file=sys.stderr, flush=True)

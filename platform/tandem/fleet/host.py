@@ -162,7 +162,7 @@ class Host:
             with self._step("Ray"):
                 if address is None:
                     ranks = {spec.group: spec.nodes for spec in wanted_groups(self._config)}
-                    cluster = LocalCluster.start(self._scratch, nodes_for(ranks))
+                    cluster = LocalCluster.start(self._scratch / "r", nodes_for(ranks))  # Ray opens it to all
                     address = cluster.address
                 self._write_record(address)
                 connect(address, namespace=self._namespace)
