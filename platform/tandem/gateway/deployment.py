@@ -5,9 +5,12 @@ else: it runs without its own HTTP proxy, and no request passes a Serve handle (
 from __future__ import annotations
 
 import asyncio
+import ipaddress
+import socket
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray import serve
@@ -71,7 +74,7 @@ def deploy(
     gateway = serve.deployment(
         name="gateway",
         num_replicas=config.gateway.replicas,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "resources": _place(config.gateway.host)},
         health_check_period_s=2.0,
         health_check_timeout_s=10.0,
         graceful_shutdown_wait_loop_s=0.1,
@@ -92,7 +95,33 @@ def _wait_until_running(deadline: float, given_up: threading.Event) -> None:
         if application.status == "RUNNING":
             return
         if application.status == "DEPLOY_FAILED" or time.monotonic() > end:
-            raise RuntimeError(f"the gateway did not start ({application.status}): {application.message}")
+            # The application's message only names the deployment that failed; why it did is in the deployment's own.
+            why = " ".join(one.message for one in application.deployments.values() if one.message)
+            raise RuntimeError(f"the gateway did not start ({application.status}): {why or application.message}")
+
+
+def _place(host: str) -> dict[str, float]:
+    """The Ray resource of the node that has the address `host`; none where any node will do.
+
+    Serve spreads replicas over all nodes, and only one of them can listen on a given address. Ray gives every node the
+    resource `node:<its address>`.
+    """
+    try:
+        address = ipaddress.ip_address(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError as error:
+        raise RuntimeError(f"the gateway cannot listen on {host}: {error}; choose another gateway.host") from error
+    if address.is_unspecified:
+        return {}
+    nodes: list[dict[str, Any]] = [node for node in ray.nodes() if node["Alive"]]
+    names = {f"node:{node['NodeManagerAddress']}" for node in nodes}
+    if f"node:{address}" in names:
+        return {f"node:{address}": 0.001}
+    if not address.is_loopback:
+        # An address that Ray does not go by (a second network): the replica says so if its node lacks it.
+        return {}
+    # Loopback is meant as seen from here: the node that this process is on.
+    here = ray.get_runtime_context().get_node_id()
+    return {f"node:{node['NodeManagerAddress']}": 0.001 for node in nodes if node["NodeID"] == here}
 
 
 def remove() -> None:
