@@ -50,4 +50,10 @@ class ScriptEngines:
         return Command((sys.executable, "-S", "-E", "-c", SCRIPT, endpoints.host, port, self.rooms), {})
 
     def service(self, spec: GroupSpec, leader: RankEndpoints) -> Service:
-        return Service(url=url_of(leader), dp_size=spec.nodes, weight_version="1")
+        return Service(
+            url=url_of(leader),
+            bootstrap_host=leader.host,
+            bootstrap_port=leader.bootstrap_port,
+            dp_size=spec.nodes,
+            weight_version="1",
+        )

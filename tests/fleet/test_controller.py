@@ -159,6 +159,14 @@ async def test_a_killed_rank_takes_its_group_to_the_next_epoch_and_leaves_the_ot
     assert await until_ready(store, "prefill-0") == prefill
 
 
+async def test_a_restarted_prefill_group_has_another_bootstrap_address(pair: tuple[Group, Group], store: Store) -> None:
+    prefill = pair[0]
+    os.kill(prefill.ranks[0].pid, signal.SIGKILL)
+    again = await until_ready(store, "prefill-0", prefill.epoch + 1)
+    # Decode groups remember prefill servers by address, and would speak to this one as to the dead one.
+    assert (again.bootstrap_host, again.bootstrap_port) != (prefill.bootstrap_host, prefill.bootstrap_port)
+
+
 async def test_an_engine_dies_with_its_actor_and_the_group_restarts(pair: tuple[Group, Group], store: Store) -> None:
     decode = pair[1]
     actor = ray.get_actor(str(RankName("decode-0", decode.epoch, 1)))

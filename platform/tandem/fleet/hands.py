@@ -35,7 +35,17 @@ from tandem.engine.http1 import HttpFailure
 from tandem.engine.launch import RankEndpoints
 from tandem.fleet import placement
 from tandem.fleet.engines import Engines, NoEngineError
-from tandem.fleet.rank import BOOTSTRAP, DIST, HTTP, START_S, Prepared, RankActor, RankName, RankSettings, RankStatus
+from tandem.fleet.rank import (
+    DIST,
+    HTTP,
+    START_S,
+    Prepared,
+    RankActor,
+    RankName,
+    RankSettings,
+    RankStatus,
+    bootstrap_place,
+)
 from tandem.fleet.rank_actors import answer, find_actor, kill_actor, make_actor, named_ranks, sentence
 from tandem.fleet.rooms import RoomCounter
 
@@ -132,7 +142,7 @@ class Hands:
         try:
             actors = await self._create(epoch, spec)
             found = await _all(*(self._prepare(epoch, rank, actor) for rank, actor in enumerate(actors)))
-            started = await _all(*(self._launch(spec, rank, actor, found) for rank, actor in enumerate(actors)))
+            started = await _all(*(self._launch(spec, epoch, rank, actor, found) for rank, actor in enumerate(actors)))
         except (NoEngineError, RayError, TimeoutError, ValueError) as error:
             self._post(StartFailed(epoch=epoch, reason=f"cannot be started: {sentence(error)}"))
             return
@@ -178,7 +188,7 @@ class Hands:
         return prepared
 
     async def _launch(
-        self, spec: GroupSpec, rank: int, actor: ActorHandle[RankActor], found: list[Prepared]
+        self, spec: GroupSpec, epoch: int, rank: int, actor: ActorHandle[RankActor], found: list[Prepared]
     ) -> RankStatus:
         leader, own = found[0], found[rank]
         host = f"[{leader.host}]" if ":" in leader.host else leader.host
@@ -186,7 +196,7 @@ class Hands:
             host=own.host,
             http_port=own.first_port + HTTP,
             dist_init=f"{host}:{leader.first_port + DIST}",
-            bootstrap_port=leader.first_port + BOOTSTRAP,
+            bootstrap_port=leader.first_port + bootstrap_place(epoch),
             interface=own.interface,
         )
         command = self._engines.command(spec, rank, endpoints)

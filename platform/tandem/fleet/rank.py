@@ -23,10 +23,13 @@ from tandem.fleet.bound import die_with_parent
 from tandem.fleet.engine_health import HealthCheck, gone, log_tail, read_counters, serve_counters
 from tandem.fleet.ports import BLOCK, PortBlock, interface_of
 
-HTTP, BOOTSTRAP, DIST = 0, 1, 2
+HTTP, DIST = 0, 2
 """Where in its block of ports a rank has what; from DIST on, SGLang takes several in a row."""
 METRICS = BLOCK - 1
 """Where the actor itself serves what its engine has counted."""
+
+_BOOTSTRAP = range(24, METRICS)
+"""Where the KV bootstrap server may be; see `bootstrap_place`."""
 
 READY_PATHS = ("/ready", "/health")
 """Rank 0 answers the first once it takes requests; the others have only a small server with the second."""
@@ -37,6 +40,16 @@ START_S = 120.0
 _LOOK_S = 0.2
 _HEALTH_S = 1.0
 _log = logging.getLogger(__name__)
+
+
+def bootstrap_place(epoch: int) -> int:
+    """Where in its block the KV bootstrap server of a prefill leader is; a restarted group has another one.
+
+    SGLang's decode side keeps what it once learned of a prefill server under the server's address, and forgets it only
+    when the address fails to answer twice, 2 s apart (SGLang 0.5.23, `disaggregation/common/conn.py`). A group that is
+    back sooner at the same address would be spoken to as the one that died, and each request to it would hang.
+    """
+    return _BOOTSTRAP[epoch % len(_BOOTSTRAP)]
 
 
 class RankName(NamedTuple):
