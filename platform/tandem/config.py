@@ -6,13 +6,20 @@ group of two ranks each in the production layout.
 
 from __future__ import annotations
 
+import ipaddress
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Seconds = Annotated[float, Field(gt=0)]
 Port = Annotated[int, Field(ge=0, le=65535)]
+Limit = Annotated[int, Field(ge=1)]
+Dollars = Annotated[Decimal, Field(ge=0, decimal_places=6)]
+TenantName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9_.]{0,61}[a-z0-9])?$")]
+CertificateSubject = Annotated[str, Field(pattern=r"^(CN|DNS|URI|email):.+$")]
 
 
 class _Section(BaseModel):
@@ -48,16 +55,40 @@ class PoolConfig(_Section):
     env: dict[str, str] = Field(default_factory=dict, description="Further environment of the engine.")
 
 
+class TlsConfig(_Section):
+    """Certificates of the gateway, in PEM files. A file that changes is read again, without a restart."""
+
+    certificate: Path = Field(description="The gateway's certificate, followed by those that lead to its CA.")
+    key: Path = Field(description="Private key of the certificate, without a passphrase.")
+    client_ca: Path | None = Field(None, description="CAs that client certificates come from (mTLS); none = no mTLS.")
+    client_certificates: Literal["required", "optional"] = Field(
+        "required",
+        description='With client_ca: "optional" also lets in who has none, such as probes of /health. '
+        "gRPC asks for them only where they are required.",
+    )
+    min_version: Literal["1.2", "1.3"] = Field("1.2", description="Of HTTP; gRPC takes 1.2 and 1.3.")
+
+
 class GatewayConfig(_Section):
     """Where clients connect."""
 
     host: str = "127.0.0.1"
     port: Port = Field(8000, description="HTTP port; 0 = any free port.")
+    grpc_port: Port = Field(9001, description="gRPC port; 0 = any free port.")
     replicas: int = Field(1, ge=1, le=256)
     request_timeout_s: Seconds = Field(600, description="A request ends with an error after this.")
     first_token_timeout_s: Seconds = Field(120, description="A pair that has produced nothing by then is given up.")
     stall_timeout_s: Seconds = Field(60, description="A stream without a token for so long is given up.")
     max_body_bytes: int = Field(16 * 2**20, ge=1024)
+    auth: Literal["auto", "required", "off"] = Field(
+        "auto", description="Whether every request needs a key, token or certificate; auto = unless host is loopback."
+    )
+    tls: TlsConfig | None = Field(None, description="None = plain HTTP.")
+
+    @property
+    def auth_required(self) -> bool:
+        """Whether a request that shows neither key, token nor certificate is refused."""
+        return self.auth == "required" or (self.auth == "auto" and not is_loopback(self.host))
 
 
 class ControlConfig(_Section):
@@ -95,6 +126,115 @@ class TimeoutConfig(_Section):
     stop_s: Seconds = Field(10, description="Grace between SIGTERM and SIGKILL.")
 
 
+class TenantConfig(_Section):
+    """What one tenant may use. A limit that is not given does not exist; limits hold over all gateway replicas."""
+
+    priority: Literal["high", "normal", "low"] = Field(
+        "normal", description="Highest class its requests may ask for, and theirs if they ask for none."
+    )
+    weight: float = Field(1.0, gt=0, le=1000, description="Share against other tenants of the same class.")
+    requests_per_minute: Limit | None = None
+    input_tokens_per_minute: Limit | None = None
+    output_tokens_per_minute: Limit | None = None
+    concurrency: Limit | None = Field(None, description="Requests that may wait or run at once.")
+    models: tuple[str, ...] | None = Field(None, description="Names of the models it may use; none = every one.")
+    subjects: tuple[str, ...] = Field((), description="`sub` of the JWTs that are this tenant's.")
+    certificate_subjects: tuple[CertificateSubject, ...] = Field(
+        (), description="Names in the client certificates that are this tenant's, such as CN:acme or URI:spiffe://a/b."
+    )
+
+
+class OidcConfig(_Section):
+    """The issuer whose JWTs are taken in place of API keys."""
+
+    issuer: str = Field(description="URL; the `iss` of its tokens, letter by letter.")
+    audience: str = Field(min_length=1, description="A token must have this among its `aud`.")
+    jwks_url: str | None = Field(
+        None, description="Its keys; none = `jwks_uri` of <issuer>/.well-known/openid-configuration."
+    )
+    ca: Path | None = Field(None, description="CAs (PEM) to trust for these URLs; none = the system's.")
+    tenant_claim: str = Field("tenant", min_length=1, description="Claim that names the tenant.")
+    algorithms: tuple[
+        Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"], ...
+    ] = Field(
+        ("RS256", "PS256", "ES256", "ES384", "EdDSA"),
+        min_length=1,
+        description="Accepted signatures: never a shared secret (HS256), which would be public here.",
+    )
+    leeway_s: float = Field(30, ge=0, le=300, description="Allowed difference between the issuer's clock and ours.")
+    cache_s: Seconds = Field(600, description="The issuer's keys are asked for again after this.")
+    stale_s: Seconds = Field(86400, description="While the issuer does not answer, its last keys are good for this.")
+    timeout_s: Seconds = Field(5, description="The issuer must answer within this.")
+
+    @field_validator("issuer", "jwks_url")
+    @classmethod
+    def _safe(cls, url: str | None) -> str | None:
+        if url is None or is_safe_url(url):
+            return url
+        raise ValueError("must be an https:// URL (http:// only on loopback): whoever can change the keys is anybody")
+
+
+class AdmissionConfig(_Section):
+    """How many requests run at once, and how long others wait (docs/admission.md)."""
+
+    running_per_decode_rank: int = Field(
+        64, ge=1, description="Requests that run at once for each DP rank of the decode groups; the others wait here."
+    )
+    tokens_per_prefill_rank: int = Field(
+        32_768, ge=1, description="Prompt tokens that are worked on at once for each DP rank of the prefill groups."
+    )
+    queue_s: Seconds = Field(30, description="A request that would wait longer for its turn is refused at once (429).")
+    max_waiting: int = Field(4096, ge=0, description="Requests that may wait on one gateway replica.")
+
+
+class PriceConfig(_Section):
+    """Dollars per million tokens."""
+
+    hit: Dollars = Field(Decimal("0.14"), description="Prompt tokens that the prefix cache held.")
+    miss: Dollars = Field(Decimal("0.55"), description="All other prompt tokens.")
+    output: Dollars = Field(Decimal("2.19"), description="Tokens of answers, reasoning included.")
+
+
+class MeteringConfig(_Section):
+    """Usage records: one for each request (docs/metering.md)."""
+
+    sink: Literal["auto", "file", "redis", "off"] = Field("auto", description="auto = redis if the state is there.")
+    folder: Path | None = Field(None, description="On every node, local; none = usage/ in the fleet's folder.")
+    rotate_bytes: int = Field(256 * 2**20, ge=2**20, description="A file ends at this size, and with its day.")
+    retention_days: float = Field(0, ge=0, description="Older files are removed; 0 = never.")
+    fsync_s: float = Field(1.0, ge=0, description="Records that a power failure may take, in seconds.")
+    stream_records: int = Field(1_000_000, ge=1000, description="Records kept in Redis (about 490 bytes each).")
+    spool_bytes: int = Field(2**30, ge=2**20, description="Records that wait on a node for Redis.")
+    default_price: PriceConfig = Field(default_factory=PriceConfig, description="Of models without an own price.")
+    prices: dict[str, PriceConfig] = Field(default_factory=dict, description="By the model's name.")
+    gpu_hour_price: Dollars | None = Field(None, description="Dollars; for `tandem usage --gpu-hours`.")
+
+
+class ObservabilityConfig(_Section):
+    """Traces and logs (docs/observability.md)."""
+
+    otlp_endpoint: str | None = Field(None, description="Such as http://collector:4318/v1/traces; none = no traces.")
+    sample_ratio: float = Field(1.0, ge=0, le=1, description="Share of requests that are traced.")
+    follow_client: bool = Field(True, description="A client's own decision to trace comes first.")
+    log_format: Literal["json", "plain"] = "json"
+    log_prompts: bool = Field(False, description="Prompts in the log: only where that is allowed.")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def is_safe_url(url: str) -> bool:
+    """Whether nobody on the way can change what `url` answers: https, or this machine."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    return bool(host) and (parts.scheme == "https" or (parts.scheme == "http" and is_loopback(host)))
+
+
 class FleetConfig(_Section):
     """A whole fleet."""
 
@@ -108,3 +248,31 @@ class FleetConfig(_Section):
     state: StateConfig = Field(default_factory=StateConfig)
     ray: RayConfig = Field(default_factory=RayConfig)
     timeouts: TimeoutConfig = Field(default_factory=TimeoutConfig)
+    tenants: dict[TenantName, TenantConfig] = Field(default_factory=dict, description="By name.")
+    default_tenant: TenantConfig = Field(
+        default_factory=TenantConfig, description="For who shows no key where none is asked for; named anonymous."
+    )
+    oidc: OidcConfig | None = Field(None, description="None = no JWTs.")
+    admission: AdmissionConfig = Field(default_factory=AdmissionConfig)
+    metering: MeteringConfig = Field(default_factory=MeteringConfig)
+    observability: ObservabilityConfig = Field(default_factory=ObservabilityConfig)
+
+    @field_validator("tenants")
+    @classmethod
+    def _told_apart(cls, tenants: dict[str, TenantConfig]) -> dict[str, TenantConfig]:
+        if "anonymous" in tenants:
+            raise ValueError("anonymous is the name of default_tenant; choose another")
+        for field in ("subjects", "certificate_subjects"):
+            owner: dict[str, str] = {}
+            for name, tenant in tenants.items():
+                for subject in getattr(tenant, field):
+                    if owner.setdefault(subject, name) != name:
+                        raise ValueError(f"{name}.{field}: {subject!r} is {owner[subject]}'s already")
+        return tenants
+
+    @field_validator("default_tenant")
+    @classmethod
+    def _without_subjects(cls, tenant: TenantConfig) -> TenantConfig:
+        if tenant.subjects or tenant.certificate_subjects:
+            raise ValueError("has no subjects: it is for who shows nothing")
+        return tenant

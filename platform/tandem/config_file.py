@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -92,10 +92,19 @@ def _line(node: yaml.Node | None, location: Sequence[str | int]) -> int:
 
 
 def _fields_at(location: Sequence[str | int]) -> list[str]:
-    model: type[BaseModel] = FleetConfig
+    """Names of the fields of the section at `location`; none if no section is there."""
+    found: Any = FleetConfig
     for part in location:
-        inner = model.model_fields[str(part)].annotation
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+        if isinstance(found, type) and issubclass(found, BaseModel):
+            found = _section(found.model_fields[str(part)].annotation)
+        elif get_origin(found) is dict:
+            found = _section(get_args(found)[1])
+        else:
             return []
-        model = inner
-    return list(model.model_fields)
+    return list(found.model_fields) if isinstance(found, type) and issubclass(found, BaseModel) else []
+
+
+def _section(annotation: Any) -> Any:
+    """What is meant by a type that may also be None."""
+    kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
+    return kinds[0] if type(None) in get_args(annotation) and len(kinds) == 1 else annotation

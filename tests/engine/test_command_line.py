@@ -71,7 +71,7 @@ def test_a_fleet_that_does_not_run_is_one_clear_sentence() -> None:
 
 def test_a_second_fleet_of_the_same_name_is_refused(fleet: Fleet, tmp_path: Path) -> None:
     file = tmp_path / "fleet.yaml"
-    file.write_text("name: shared\ngateway: {port: 0}\ncontrol: {port: 0}\n")
+    file.write_text("name: shared\ngateway: {port: 0, grpc_port: 0}\ncontrol: {port: 0}\n")
     done = tandem("up", "-f", str(file))
     assert done.returncode == 1
     assert "a fleet named shared already runs here" in done.stderr
@@ -91,7 +91,7 @@ def starting(file: Path, *options: str) -> tuple[subprocess.Popen[str], psutil.P
 
 def test_a_second_up_that_is_interrupted_does_the_first_no_harm(fleet: Fleet, tmp_path: Path) -> None:
     file = tmp_path / "fleet.yaml"
-    file.write_text("name: shared\ngateway: {port: 0}\ncontrol: {port: 0}\n")
+    file.write_text("name: shared\ngateway: {port: 0, grpc_port: 0}\ncontrol: {port: 0}\n")
     command, _ = starting(file)
     command.send_signal(signal.SIGINT)
     command.wait(30)
@@ -104,7 +104,7 @@ def test_a_detached_up_that_ends_before_the_fleet_is_ready_takes_it_along(
     number: signal.Signals, tiny: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "fleet.yaml"
-    file.write_text(f"name: early\nmodel: {{path: {tiny}}}\ngateway: {{port: 0}}\ncontrol: {{port: 0}}\n")
+    file.write_text(f"name: early\nmodel: {{path: {tiny}}}\ngateway: {{port: 0, grpc_port: 0}}\ncontrol: {{port: 0}}\n")
     command, host = starting(file, "--detach")
     command.send_signal(number)
     command.wait(60)
@@ -114,7 +114,7 @@ def test_a_detached_up_that_ends_before_the_fleet_is_ready_takes_it_along(
 
 def test_a_layout_that_cannot_work_is_refused_before_anything_starts(tiny: Path, tmp_path: Path) -> None:
     file = tmp_path / "fleet.yaml"
-    file.write_text(f"name: odd\nmodel: {{path: {tiny}}}\ndecode: {{nodes: 3}}\ngateway: {{port: 0}}\n")
+    file.write_text(f"name: odd\nmodel: {{path: {tiny}}}\ndecode: {{nodes: 3}}\ngateway: {{port: 0, grpc_port: 0}}\n")
     done = tandem("up", "-f", str(file))
     assert done.returncode == 1
     assert "3" in done.stderr

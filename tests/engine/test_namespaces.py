@@ -39,7 +39,7 @@ def scattered(tiny: Path) -> Iterator[Fleet]:
             config = FleetConfig(
                 name="scattered",
                 model=ModelConfig(path=tiny),
-                gateway=GatewayConfig(host=address(1), port=0),
+                gateway=GatewayConfig(host=address(1), port=0, grpc_port=0, auth="off"),
                 control=ControlConfig(host=address(1), port=0),
                 ray=RayConfig(address=cluster.address),
             )

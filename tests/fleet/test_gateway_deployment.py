@@ -72,7 +72,7 @@ def health(url: str) -> dict[str, str]:
 
 @pytest.mark.timeout(180)
 async def test_serve_runs_the_replicas_and_replaces_one_that_dies(folder: Path) -> None:
-    config = FleetConfig(name=FLEET, gateway={"port": 0, "replicas": 2})  # type: ignore[arg-type]
+    config = FleetConfig(name=FLEET, gateway={"port": 0, "grpc_port": 0, "replicas": 2})  # type: ignore[arg-type]
     deployment.deploy(config, model_path=folder / "tiny", store_url="embedded", folder=folder)
     first, second = await gateways_when(folder, lambda found: len(found) == 2)
     assert [health(one.url)["replica"] for one in (first, second)] == [first.replica, second.replica]

@@ -61,7 +61,7 @@ async def gateway_nodes(folder: Path) -> set[str]:
 @pytest.mark.timeout(120)
 def test_replicas_go_to_the_node_that_has_their_address(folder: Path) -> None:
     for address in ("127.0.0.3", "127.0.0.2"):
-        deploy(folder, GatewayConfig(host=address, port=0, replicas=2))
+        deploy(folder, GatewayConfig(host=address, port=0, grpc_port=0, replicas=2))
         assert asyncio.run(gateway_nodes(folder)) == {address}
         deployment.remove()
 

@@ -34,7 +34,7 @@ def ephemeral(name: str, model: Path) -> FleetConfig:
     return FleetConfig(
         name=name,
         model=ModelConfig(path=model),
-        gateway=GatewayConfig(port=0),
+        gateway=GatewayConfig(port=0, grpc_port=0),
         control=ControlConfig(port=0),
     )
 

@@ -29,6 +29,18 @@ def test_an_unknown_field_is_answered_with_its_line_and_what_is_allowed() -> Non
     assert said.startswith("fleet.yaml:4: prefill.gpus: no such field; allowed here: groups, nodes, gpus_per_node")
 
 
+@pytest.mark.parametrize(
+    ("text", "field", "allowed"),
+    [
+        ("gateway: {tls: {cert: a}}", "gateway.tls.cert", "certificate, key"),
+        ("tenants: {acme: {rpm: 3}}", "tenants.acme.rpm", "priority, weight"),
+        ("oidc: {url: x}", "oidc.url", "issuer, audience"),
+    ],
+)
+def test_what_is_allowed_is_told_also_deep_within(text: str, field: str, allowed: str) -> None:
+    assert f"fleet.yaml:1: {field}: no such field; allowed here: {allowed}" in mistake(text)
+
+
 def test_a_value_out_of_range_is_answered_with_its_line_and_the_range() -> None:
     said = mistake("gateway:\n  port: 70000\n")
     assert said == "fleet.yaml:2: gateway.port: Input should be less than or equal to 65535 (got 70000)"

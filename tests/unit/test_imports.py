@@ -17,7 +17,8 @@ MAY_IMPORT = {
     "state": {"state", "core"},
     "models": {"models", "core"},
     "engine": {"engine", "core"},
-    "gateway": {"gateway", "engine", "state", "models", "core", "config"},
+    "client": {"client", "v1"},
+    "gateway": {"gateway", "engine", "state", "models", "core", "config", "v1"},
     "fleet": {"fleet", "gateway", "engine", "state", "models", "core", "config", "v1"},
     "bench": {"bench", "fleet", "engine", "core", "config"},
     "cli": {"cli", "bench", "fleet", "gateway", "engine", "state", "models", "core", "config", "config_file"},
@@ -52,6 +53,12 @@ def test_a_part_imports_only_what_is_below_it(part: str) -> None:
         if name.startswith("tandem.") and name.split(".")[1] not in MAY_IMPORT[part] | {"__version__"}
     }
     assert found == set()
+
+
+def test_the_client_loads_neither_the_gateway_nor_anything_heavy() -> None:
+    """An application that only asks a fleet needs no more than this to be installed."""
+    allowed = set(sys.stdlib_module_names) | {"msgspec", "grpc", "google", "tandem"}
+    assert {name for file in files("client") for name in imports(file) if name.split(".")[0] not in allowed} == set()
 
 
 def test_core_needs_nothing_but_the_standard_library_and_msgspec() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import msgspec
@@ -9,7 +10,16 @@ import pytest
 
 from tandem.core.layout import GroupLayout, plan_group
 from tandem.core.types import Role
-from tandem.engine.launch import DIST_PORTS, LaunchError, RankEndpoints, launch_args, launch_env
+from tandem.engine.launch import (
+    DIST_PORTS,
+    KV_BATCHES,
+    KV_EVENT_PORTS,
+    LaunchError,
+    RankEndpoints,
+    kv_sources,
+    launch_args,
+    launch_env,
+)
 from tandem.models.catalog import load_shape
 
 R1 = load_shape("r1")
@@ -174,3 +184,70 @@ def test_the_highest_port_that_leaves_room_is_taken() -> None:
 def test_a_plan_of_another_layout_is_refused() -> None:
     with pytest.raises(LaunchError, match="the plan is for 2 GPUs, but the layout has 1"):
         launch_env(GroupLayout(role=Role.DECODE), plan_group(TINY, LAPTOP_DECODE), 0, at(0))
+
+
+# KV events
+
+
+def told(layout: GroupLayout, rank: int, **values: Any) -> tuple[dict[str, Any], list[tuple[int, str, str]]]:
+    """What the engine is told of its KV events, and where they are said to be."""
+    plan, where = plan_group(TINY if layout.device == "cpu" else R1, layout), at(rank, **values)
+    given = launch_args("/m", layout, plan, rank, where)
+    config = json.loads(given[given.index("--kv-events-config") + 1])
+    return config, [(source.dp_rank, source.events, source.replay) for source in kv_sources(layout, plan, rank, where)]
+
+
+def test_a_laptops_prefill_rank_publishes_what_it_caches_on_its_own_node() -> None:
+    config, sources = told(LAPTOP_PREFILL, 1, kv_events_port=16032, kv_topic="prefill-0/1/")
+    assert config == {
+        "publisher": "zmq",
+        "bind": True,
+        "endpoint": "tcp://127.0.0.1:16031",
+        "replay_endpoint": "tcp://127.0.0.1:16047",
+        "buffer_steps": KV_BATCHES,
+        "hwm": KV_BATCHES,
+        "topic": "prefill-0/1/",
+    }
+    # SGLang adds the number of the DP rank, which is 1.
+    assert sources == [(1, "tcp://127.0.0.1:16032", "tcp://127.0.0.1:16048")]
+
+
+def test_the_dp_ranks_of_a_node_publish_on_a_port_each() -> None:
+    config, sources = told(R1_PREFILL, 3, host="10.0.0.4", kv_events_port=16032)
+    assert config["endpoint"] == f"tcp://10.0.0.4:{16032 - 24}"
+    assert [dp_rank for dp_rank, _, _ in sources] == list(range(24, 32))
+    ports = {int(url.rpartition(":")[2]) for _, *urls in sources for url in urls}
+    assert ports == set(range(16032, 16040)) | set(range(16048, 16056))
+    assert max(ports) < 16032 + KV_EVENT_PORTS
+
+
+def test_gpus_that_share_their_attention_publish_once() -> None:
+    layout = msgspec.structs.replace(R1_PREFILL, attn_dp=8)
+    assert [[dp_rank for dp_rank, _, _ in told(layout, rank, kv_events_port=16032)[1]] for rank in range(4)] == [
+        [0, 1],
+        [2, 3],
+        [4, 5],
+        [6, 7],
+    ]
+    across = msgspec.structs.replace(R1_PREFILL, attn_dp=2)
+    assert [[dp_rank for dp_rank, _, _ in told(across, rank, kv_events_port=16032)[1]] for rank in range(4)] == [
+        [0],
+        [],
+        [1],
+        [],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("layout", "values"),
+    [
+        (LAPTOP_PREFILL, {}),
+        (LAPTOP_DECODE, {"kv_events_port": 16032}),
+        (LAPTOP_PREFILL, {"kv_events_port": 16032, "host": "::1"}),
+    ],
+)
+def test_without_ports_as_decode_and_over_ipv6_nothing_is_published(
+    layout: GroupLayout, values: dict[str, Any]
+) -> None:
+    assert "--kv-events-config" not in arguments(layout, 0, **values)
+    assert kv_sources(layout, plan_group(TINY, layout), 0, at(0, **values)) == ()

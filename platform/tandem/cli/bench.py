@@ -21,7 +21,7 @@ from tandem.cli.up import follow, start_host, stop_host
 from tandem.config import ControlConfig, FleetConfig, GatewayConfig
 from tandem.engine.http1 import Pool
 
-CONFIG = FleetConfig(name="bench", gateway=GatewayConfig(port=0), control=ControlConfig(port=0))
+CONFIG = FleetConfig(name="bench", gateway=GatewayConfig(port=0, grpc_port=0), control=ControlConfig(port=0))
 GIB = 2**30
 
 

@@ -23,7 +23,7 @@ from tandem.fleet.counters import Counters, total
 
 QUESTION = "Why do two halves ride a tandem faster than one?"
 MAX_TOKENS = 64
-CONFIG = FleetConfig(name="demo", gateway=GatewayConfig(port=0), control=ControlConfig(port=0))
+CONFIG = FleetConfig(name="demo", gateway=GatewayConfig(port=0, grpc_port=0), control=ControlConfig(port=0))
 
 
 def demo() -> None:

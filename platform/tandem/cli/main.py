@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from tandem.cli import bench, chat, demo, doctor, down, groups, model, status, up
+from tandem.cli import bench, chat, demo, doctor, down, groups, keys, model, status, up, usage
 
 app = typer.Typer(
     name="tandem",
@@ -22,4 +22,6 @@ app.command()(groups.scale)
 app.command()(doctor.doctor)
 app.command()(demo.demo)
 app.command()(bench.bench)
+app.command()(usage.usage)
+app.add_typer(keys.app)
 app.add_typer(model.app)

@@ -119,6 +119,8 @@ class GatewayReplica(msgspec.Struct, frozen=True, kw_only=True):
     url: str
     pid: int
     node: str = ""
+    grpc: str = ""
+    """"host:port" of `tandem.v1.Inference`."""
 
 
 class FleetSnapshot(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,11 +9,16 @@ A stream of `/generate` with `stream: true` is a series of events, each with `ou
   incremental mode it repeats the last one.
 - a request that is refused before it runs is one event `{"error": {"message", "code"}}`, also inside a 200.
 - then `data: [DONE]`.
+
+With `return_logprob`, `meta_info.output_token_logprobs` has a (logprob, token id, text) for each of `output_ids`, and
+with `top_logprobs_num` above 0 `output_top_logprobs` has a list of such for each (null if there are none). The first
+token's come with the KV from prefill.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Awaitable, Sequence
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -44,11 +49,25 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True):
     weight_version: str = ""
 
 
+class Logprob(NamedTuple):
+    """A token's logarithmic probability, and those of the likeliest tokens at its place."""
+
+    logprob: float
+    token: int
+    top: list[tuple[float, int]]
+
+
 class TokenChunk(msgspec.Struct, frozen=True, kw_only=True):
     """New tokens of a stream, as many as have arrived together; `ended` with the last."""
 
     ids: list[int]
     ended: Ended | None = None
+    logprobs: list[Logprob] | None = None
+    """One for each token, if the request asked for them."""
+
+
+_Scored = tuple[float | None, int, str | None]
+"""(logprob, token id, text); minus infinity has no number in JSON."""
 
 
 class _Meta(msgspec.Struct):
@@ -57,6 +76,8 @@ class _Meta(msgspec.Struct):
     cached_tokens: int = 0
     weight_version: str | None = None
     finish_reason: dict[str, Any] | None = None
+    output_token_logprobs: list[_Scored] | None = None
+    output_top_logprobs: list[list[_Scored] | None] | None = None
 
 
 class _Chunk(msgspec.Struct):
@@ -103,17 +124,32 @@ class TokenStream:
         while not self._over:
             try:
                 data = await self._response.chunk(self._stall_s)
-                if data is None:
-                    raise EngineError(FailureKind.BROKEN, "the engine's stream ended without a finish reason")
-                events = self._sse.feed(data)
-            except EventTooLong as error:
-                raise EngineError(FailureKind.BROKEN, str(error)) from error
             except HttpFailure as error:
-                raise _from_http(error) from error
-            chunk = self._take(events)
+                raise from_http(error) from error
+            if data is None:
+                raise self.unfinished()
+            chunk = self.feed(data)
             if chunk is not None:
                 return chunk
         raise StopAsyncIteration
+
+    @property
+    def over(self) -> bool:
+        """The last token has come."""
+        return self._over
+
+    def feed(self, data: bytes) -> TokenChunk | None:
+        """What these bytes of the answer's body add; None = nothing yet. Raises EngineError."""
+        try:
+            events = self._sse.feed(data)
+        except EventTooLong as error:
+            raise EngineError(FailureKind.BROKEN, str(error)) from error
+        return self._take(events)
+
+    @staticmethod
+    def unfinished() -> EngineError:
+        """The body has ended before the last token."""
+        return EngineError(FailureKind.BROKEN, "the engine's stream ended without a finish reason")
 
     async def drain(self, within: float) -> None:
         """Read to the end of the HTTP answer (`[DONE]`), so that the connection can be used again."""
@@ -130,9 +166,10 @@ class TokenStream:
 
     def _take(self, events: list[bytes]) -> TokenChunk | None:
         fresh: list[int] = []
+        logprobs: list[Logprob] | None = None
         for event in events:
             if event == b"[DONE]":
-                raise EngineError(FailureKind.BROKEN, "the engine's stream ended without a finish reason")
+                raise self.unfinished()
             try:
                 chunk = _chunk_decoder.decode(event)
             except msgspec.MsgspecError as error:
@@ -145,11 +182,14 @@ class TokenStream:
             finish = meta.finish_reason
             if finish is not None and finish.get("type") == "abort":
                 raise _from_abort(finish)
-            fresh += self._new_ids(chunk.output_ids or [], meta.completion_tokens)
+            new = self._new_ids(chunk.output_ids or [], meta.completion_tokens)
+            fresh += new
+            if meta.output_token_logprobs is not None or logprobs is not None:
+                logprobs = (logprobs or []) + _logprobs(meta, new)
             if finish is not None:
                 self._over = True
-                return TokenChunk(ids=fresh, ended=_ended(finish, meta))
-        return TokenChunk(ids=fresh) if fresh else None
+                return TokenChunk(ids=fresh, ended=_ended(finish, meta), logprobs=logprobs)
+        return TokenChunk(ids=fresh, logprobs=logprobs) if fresh else None
 
     def _new_ids(self, ids: list[int], total: int) -> list[int]:
         new = total - self._seen
@@ -190,25 +230,32 @@ class EngineClient:
             if status == 200:
                 stream, response = TokenStream(response, stall_s), None
                 return stream
-            raise _from_status(status, await response.read(within=5.0, limit=2**20))
+            raise from_status(status, await response.read(within=5.0, limit=2**20))
         except HttpFailure as error:
-            raise _from_http(error) from error
+            raise from_http(error) from error
         finally:
             if response is not None:
                 response.close()
+
+    def request(
+        self, url: str, body: bytes, headers: Sequence[tuple[bytes, bytes]] = ()
+    ) -> Response | Awaitable[Response]:
+        """POST `/generate`, for a caller that listens to the response itself (`Response.listen`): at once where a
+        connection is open, else to be awaited. Raises HttpFailure."""
+        return self._pool.begin("POST", url + "/generate", body=body, headers=headers, connect_s=self._connect_s)
 
     async def abort(self, url: str, rid: str, *, within: float = 2.0) -> None:
         """POST `/abort_request`. SGLang answers 200 whether or not it knows the request; raises EngineError."""
         body = msgspec.json.encode({"rid": rid})
         status, answer = await self._fetch("POST", url + "/abort_request", body, within)
         if status != 200:
-            raise _from_status(status, answer)
+            raise from_status(status, answer)
 
     async def loads(self, url: str, *, within: float = 5.0) -> list[DpLoad]:
         """GET `/v1/loads`: one DpLoad per DP rank; raises EngineError."""
         status, answer = await self._fetch("GET", url + "/v1/loads?include=core", b"", within)
         if status != 200:
-            raise _from_status(status, answer)
+            raise from_status(status, answer)
         try:
             found = _loads_decoder.decode(answer)
         except msgspec.MsgspecError as error:
@@ -241,7 +288,27 @@ class EngineClient:
         try:
             return await self._pool.fetch(method, url, body=body, connect_s=min(within, self._connect_s), within=within)
         except HttpFailure as error:
-            raise _from_http(error) from error
+            raise from_http(error) from error
+
+
+def _logprobs(meta: _Meta, ids: list[int]) -> list[Logprob]:
+    """Those of an event's new tokens, which are the last ones it has."""
+    scored = (meta.output_token_logprobs or [])[-len(ids) :] if ids else []
+    if [token for _, token, _ in scored] != ids:
+        raise EngineError(FailureKind.BROKEN, "the engine's stream has logprobs of other tokens than its own")
+    tops = (meta.output_top_logprobs or [])[-len(ids) :] if ids else []
+    if not tops:
+        return [Logprob(_number(value), token, []) for value, token, _ in scored]
+    if len(tops) != len(ids):
+        raise EngineError(FailureKind.BROKEN, f"the engine's stream has {len(tops)} top logprobs for {len(ids)} tokens")
+    return [
+        Logprob(_number(value), token, [(_number(other), number) for other, number, _ in top or ()])
+        for (value, token, _), top in zip(scored, tops, strict=True)
+    ]
+
+
+def _number(logprob: float | None) -> float:
+    return float("-inf") if logprob is None else logprob
 
 
 def _ended(finish: dict[str, Any], meta: _Meta) -> Ended:
@@ -270,7 +337,8 @@ def _from_error(error: dict[str, Any]) -> EngineError:
     return EngineError(FailureKind.REFUSED, f"the engine refused the request: {message}")
 
 
-def _from_status(status: int, body: bytes) -> EngineError:
+def from_status(status: int, body: bytes) -> EngineError:
+    """What an error status of the engine means."""
     message = body[:500].decode("utf-8", "replace").strip()
     try:
         found = msgspec.json.decode(body)
@@ -285,7 +353,8 @@ def _from_status(status: int, body: bytes) -> EngineError:
     return EngineError(FailureKind.REFUSED, f"the engine answered {status}: {message}")
 
 
-def _from_http(error: HttpFailure) -> EngineError:
+def from_http(error: HttpFailure) -> EngineError:
+    """What a failed exchange with the engine means."""
     if isinstance(error, TimedOut):
         return EngineError(FailureKind.STALLED, str(error))
     if isinstance(error, Interrupted):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import lru_cache
 from typing import cast
 from urllib.parse import urlsplit
@@ -47,6 +47,27 @@ class Response:
         self._buffered = 0
         self._failure: HttpFailure | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._listener: Callable[[], None] | None = None
+
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Have `listener` called whenever there is news, in place of awaiting it: then look at `status`, `take`, `done`
+        and `failure`. It is called once for all that arrived together."""
+        self._listener = listener
+
+    @property
+    def failure(self) -> HttpFailure | None:
+        """How the exchange failed, if it did."""
+        return self._failure
+
+    def take(self) -> bytes:
+        """What of the body has arrived since the last call, at once; may be empty."""
+        if not self._pieces:
+            return b""
+        data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        self._pieces.clear()
+        self._buffered = 0
+        self._connection.resume()
+        return data
 
     async def head(self, within: float | None) -> int:
         """The status, as soon as all headers are here. `within` is in seconds; None waits as long as it takes."""
@@ -56,13 +77,7 @@ class Response:
     async def chunk(self, within: float | None) -> bytes | None:
         """Everything of the body that has arrived since the last call; None at its end."""
         await self._until(lambda: bool(self._pieces) or self.done, within, "nothing more of the answer")
-        if not self._pieces:
-            return None
-        data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
-        self._pieces.clear()
-        self._buffered = 0
-        self._connection.resume()
-        return data
+        return self.take() or None
 
     async def read(self, within: float, limit: int = 16 * 2**20) -> bytes:
         """The whole body; `within` seconds for each piece of it."""
@@ -114,6 +129,12 @@ class Response:
         if self._failure is None and not self.done:
             self._failure = failure
         self.wake()
+        self.tell()
+
+    def tell(self) -> None:
+        """All that arrived together has been taken in."""
+        if self._listener is not None:
+            self._listener()
 
     def wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -179,12 +200,16 @@ class _Connection(asyncio.Protocol):
             # Nothing was asked: whatever this is, the connection is of no use.
             self.drop()
             return
+        response = self._response
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
-            if self._response is not None:
-                self._response.fail(Interrupted(f"{self.peer} did not answer in HTTP/1.1: {error}"))
+            if response is not None:
+                response.fail(Interrupted(f"{self.peer} did not answer in HTTP/1.1: {error}"))
             self.drop()
+        else:
+            if response is not None:
+                response.tell()
 
     def eof_received(self) -> bool:
         return False
@@ -238,16 +263,33 @@ class Pool:
         Raises Unreachable or TimedOut if no connection comes about within `connect_s` seconds. `fresh` asks for a new
         connection.
         """
+        response = self.begin(method, url, body=body, connect_s=connect_s, fresh=fresh)
+        return response if isinstance(response, Response) else await response
+
+    def begin(
+        self,
+        method: str,
+        url: str,
+        *,
+        body: bytes = b"",
+        headers: Sequence[tuple[bytes, bytes]] = (),
+        connect_s: float = 5.0,
+        fresh: bool = False,
+    ) -> Response | Awaitable[Response]:
+        """`request` that sends at once if a connection is open; if not, what it returns is to be awaited."""
         host, port, path = _split(url)
         name = f"[{host}]" if ":" in host else host
         head = (
             f"{method} {path} HTTP/1.1\r\nhost: {name}:{port}\r\ncontent-length: {len(body)}\r\n"
-            "content-type: application/json\r\n\r\n"
+            "content-type: application/json\r\n"
         )
+        lines = b"".join([b"%s: %s\r\n" % header for header in headers])
+        request = b"%s%s\r\n%s" % (head.encode("ascii"), lines, body)
         connection = None if fresh else self._take((host, port))
-        if connection is None:
-            connection = await self._connect(host, port, connect_s)
-        return connection.send(head.encode("ascii") + body)
+        return self._send_fresh(host, port, connect_s, request) if connection is None else connection.send(request)
+
+    async def _send_fresh(self, host: str, port: int, connect_s: float, request: bytes) -> Response:
+        return (await self._connect(host, port, connect_s)).send(request)
 
     async def fetch(
         self, method: str, url: str, *, body: bytes = b"", connect_s: float = 5.0, within: float = 5.0

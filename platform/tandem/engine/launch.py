@@ -12,12 +12,20 @@ from typing import NamedTuple
 
 import msgspec
 
+from tandem.core.kv_source import KvSource
 from tandem.core.layout import GroupLayout, ParallelPlan
 from tandem.core.types import Role
 
 DIST_PORTS = 7
 """Ports that a group's leader listens on from `dist_init` upwards: torch's rendezvous, then SGLang's own between its
 processes (`PortArgs.init_new`). Whoever picks the port must find this many free ones in a row."""
+
+
+KV_EVENT_PORTS = 32
+"""Two for each GPU that a node may have."""
+KV_BATCHES = 1000
+"""Batches of KV events that a DP rank keeps to send them again, and that may wait for one slow subscriber: a few
+minutes of prefill, some tens of MB."""
 
 
 class LaunchError(ValueError):
@@ -35,6 +43,11 @@ class RankEndpoints(msgspec.Struct, frozen=True, kw_only=True):
     """"host:port" of the leader's rendezvous, the same for all ranks of the group; see DIST_PORTS."""
     bootstrap_port: int = 0
     """Prefill only: port of the leader's KV bootstrap server, the same for all ranks."""
+    kv_events_port: int = 0
+    """Prefill only: the first of KV_EVENT_PORTS ports on `host` where this node's DP ranks publish what they cache, in
+    two halves: one port each for their events, one each to send them again. 0 = they do not publish."""
+    kv_topic: str = ""
+    """What their messages begin with; it names the group and its epoch."""
     interface: str = ""
     """Network interface that holds `host`, such as "eth0"; empty = "lo" for a loopback host, else libraries choose."""
 
@@ -123,6 +136,39 @@ def _kv_pool(launch: _Launch) -> int | None:
     return launch.plan.kv_tokens_per_rank if _cpu(launch) else launch.layout.max_total_tokens
 
 
+def _publishes_kv(launch: _Launch) -> bool:
+    # SGLang's sockets know no IPv6; without events the router goes by what it has sent where.
+    return _prefill(launch) and launch.endpoints.kv_events_port > 0 and ":" not in launch.endpoints.host
+
+
+def _kv_dp_ranks(launch: _Launch) -> range:
+    """The DP ranks whose KV cache is published by this node: SGLang lets the first GPU of each do it."""
+    per_node, per_dp_rank = launch.layout.gpus_per_node, launch.plan.tp // launch.plan.attn_dp
+    first, end = launch.rank * per_node, (launch.rank + 1) * per_node
+    return range(-(-first // per_dp_rank), -(-end // per_dp_rank))
+
+
+def _kv_ports(launch: _Launch) -> tuple[int, int]:
+    first = launch.endpoints.kv_events_port
+    return first, first + KV_EVENT_PORTS // 2
+
+
+def _kv_events(launch: _Launch) -> str:
+    # SGLang adds the DP rank's number in the whole group, while each node has a block of ports of its own.
+    before = _kv_dp_ranks(launch).start
+    events, replay = (f"tcp://{launch.endpoints.host}:{port - before}" for port in _kv_ports(launch))
+    config = {
+        "publisher": "zmq",
+        "bind": True,
+        "endpoint": events,
+        "replay_endpoint": replay,
+        "buffer_steps": KV_BATCHES,
+        "hwm": KV_BATCHES,
+        "topic": launch.endpoints.kv_topic,
+    }
+    return msgspec.json.encode(config).decode()
+
+
 FLAGS: tuple[_Row, ...] = (
     _Row("--model-path", lambda x: x.model_path, _always),
     _Row("--served-model-name", lambda x: x.served_model_name, _always),
@@ -151,6 +197,8 @@ FLAGS: tuple[_Row, ...] = (
     _Row("--dtype", lambda x: x.plan.dtype, _always),
     _Row("--page-size", lambda x: x.plan.page_size, _always),
     _Row("--max-total-tokens", _kv_pool, _always),
+    # What is cached where, for the router.
+    _Row("--kv-events-config", _kv_events, _publishes_kv),
     # Without it every event of a stream repeats all its tokens so far.
     _Row("--incremental-streaming-output", True, _always),
     # the CPU engine
@@ -220,6 +268,24 @@ def launch_env(layout: GroupLayout, plan: ParallelPlan, rank: int, endpoints: Ra
     launch = _Launch("", layout, plan, rank, endpoints)
     _check(launch)
     return {name: str(value) for name, value in _chosen(ENVIRONMENT, launch)}
+
+
+def kv_sources(layout: GroupLayout, plan: ParallelPlan, rank: int, endpoints: RankEndpoints) -> tuple[KvSource, ...]:
+    """Where the same process tells what its DP ranks cache. Raises LaunchError as `launch_args` does."""
+    launch = _Launch("", layout, plan, rank, endpoints)
+    _check(launch)
+    if not _publishes_kv(launch):
+        return ()
+    events, replay = _kv_ports(launch)
+    return tuple(
+        KvSource(
+            dp_rank=dp_rank,
+            events=f"tcp://{endpoints.host}:{events + place}",
+            replay=f"tcp://{endpoints.host}:{replay + place}",
+            topic=endpoints.kv_topic,
+        )
+        for place, dp_rank in enumerate(_kv_dp_ranks(launch))
+    )
 
 
 def _chosen(rows: tuple[_Row, ...], launch: _Launch) -> list[tuple[str, str | int | bool]]:

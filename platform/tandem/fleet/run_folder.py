@@ -119,14 +119,14 @@ class RunFolder:
             yield
 
     def clear(self) -> None:
-        """Forget the last run: its processes, its sockets, its embedded state, its record. Logs stay.
+        """Forget the last run: its processes, its sockets, its record. Logs, usage records and the store stay: API keys
+        are in it. What the store says of groups is the next host's to clear.
 
         Only for who holds the folder (`hold`): otherwise the last run may be one that runs.
         """
         if record := self.record():
             sweep(record.run)
             shutil.rmtree(record.scratch, ignore_errors=True)
-        shutil.rmtree(self.store, ignore_errors=True)
         self._record.unlink(missing_ok=True)
 
 

@@ -1,213 +1,219 @@
-"""The HTTP side: a plain ASGI application, without a framework between a token and its socket."""
+"""The HTTP side: which request goes where, and how its answer goes out."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import re
-import uuid
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from collections.abc import Callable, Sequence
 
+from tandem.core.tenants import ANONYMOUS
 from tandem.gateway.answer import Piece
+from tandem.gateway.asked import Asked
+from tandem.gateway.endpoints import BY_PATH, Endpoint
 from tandem.gateway.errors import ApiError
+from tandem.gateway.exchange import ClientLeft, Exchange
 from tandem.gateway.pages import Pages
-from tandem.gateway.service import ClientLeft, Endpoint, Run, Service, Step
-from tandem.gateway.wire import error_event
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-Headers = list[tuple[bytes, bytes]]
+from tandem.gateway.reply import Reply
+from tandem.gateway.service import Service
+from tandem.gateway.wire import Writer
 
 log = logging.getLogger(__name__)
 
 JSON: tuple[bytes, bytes] = (b"content-type", b"application/json")
-EVENTS: Headers = [
+EVENTS: Sequence[tuple[bytes, bytes]] = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
-]
-BODY_TIMEOUT_S = 60.0
-"""A client must have sent its body by then."""
+)
 SLOW_READER_S = 10.0
 """Grace beyond a request's own deadline for a client that reads its answer slowly."""
-_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
-
-GENERATE = {"/v1/chat/completions": Endpoint.CHAT, "/v1/completions": Endpoint.COMPLETIONS}
+KEEP_ALIVE_S = 10.0
+"""A stream in which nothing happens says so as often, that no proxy on the way takes it for dead."""
 
 
 class App:
-    """ASGI entry point of one gateway replica."""
+    """The handler of one gateway replica's HTTP server."""
 
     def __init__(self, service: Service, pages: Pages) -> None:
         self._service = service
         self._pages = pages
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return
-        exchange = _Exchange(scope, receive, send)
-        endpoint = GENERATE.get(scope["path"])
+    async def __call__(self, exchange: Exchange) -> None:
+        endpoint = BY_PATH.get(exchange.path)
+        encode = endpoint.error if endpoint is not None else self._pages.error_of(exchange.path)
         try:
             if endpoint is None:
-                status, kind, body = self._pages.get(scope["method"], scope["path"])
-                await exchange.reply(status, body, [(b"content-type", kind)])
-            elif scope["method"] != "POST":
-                raise ApiError(405, f"Not allowed to {scope['method']} on {scope['path']}; use POST.")
+                await self._page(exchange)
+            elif exchange.method != "POST":
+                raise ApiError(405, f"Not allowed to {exchange.method} on {exchange.path}; use POST.")
             else:
                 await self._generate(exchange, endpoint)
-        except ApiError as error:
-            await exchange.fail(error)
-        except Exception:  # the boundary: whatever is wrong here, the client gets an answer and we a traceback
-            log.exception("request %s on %s broke", exchange.request_id.decode(), scope["path"])
-            message = "The server had an error while processing your request."
-            await exchange.fail(ApiError(500, message, type="server_error", code="internal_error"))
-
-    async def _generate(self, exchange: _Exchange, endpoint: Endpoint) -> None:
-        metrics = self._service.metrics
-        arrived = asyncio.get_running_loop().time()
-        outcome = "internal_error"
-        metrics.in_flight.inc()
-        try:
-            await self._answer(exchange, endpoint, arrived)
-            outcome = "ok"
-        except ApiError as error:
-            outcome = error.code or error.type
-            raise
         except ClientLeft:
-            outcome = "client_gone"
-        finally:
-            metrics.in_flight.dec()
-            metrics.requests.labels(endpoint.value, outcome).inc()
-            metrics.duration.labels(endpoint.value).observe(asyncio.get_running_loop().time() - arrived)
+            log.debug("the client of request %s has gone", exchange.request_id.decode())
+        except ApiError as error:
+            _refuse(exchange, error, encode)
+        except Exception:  # the boundary: whatever is wrong here, the client gets an answer and we a traceback
+            log.exception("request %s on %s broke", exchange.request_id.decode(), exchange.path)
+            _refuse(exchange, _internal(), encode)
 
-    async def _answer(self, exchange: _Exchange, endpoint: Endpoint, arrived: float) -> None:
-        body = await exchange.read(self._service.config.max_body_bytes)
-        prepared = await self._service.prepare(endpoint, body)
-        run = self._service.submit(prepared, arrived)
-        watcher = asyncio.create_task(exchange.until_gone(run.leave))
+    async def _page(self, exchange: Exchange) -> None:
+        headers = exchange.headers
+        if not self._pages.is_open(exchange.path):
+            identity = await self._service.authenticator.identify(headers, exchange.certificate)
+            tenant = identity.tenant
+        else:
+            tenant = ANONYMOUS
+        body = b""
+        if exchange.method == "POST":
+            body = await exchange.read(self._service.config.max_body_bytes)
+        status, kind, data = await self._pages.get(exchange.method, exchange.path, body, tenant)
+        exchange.reply(status, data, [(b"content-type", kind)])
+
+    async def _generate(self, exchange: Exchange, endpoint: Endpoint) -> None:
+        asked = Asked(
+            self._service,
+            endpoint,
+            headers=exchange.headers,
+            certificate=exchange.certificate,
+            request_id=exchange.request_id.decode(),
+            arrived=exchange.arrived,
+        )
+        failed: BaseException | None = None
         try:
-            async with asyncio.timeout(self._service.config.request_timeout_s + SLOW_READER_S):
-                if prepared.wanted.stream:
-                    await _stream(exchange, run)
+            await asked.identify()
+            body = await exchange.read(self._service.config.max_body_bytes)
+            task = asyncio.current_task()
+            assert task is not None, "a handler runs in a task"
+            # While it waits for its turn there is nothing else to end.
+            exchange.when_left(task.cancel)
+            reply = await asked.begin(body)
+            exchange.when_left(asked.leave)
+            async with asyncio.timeout_at(asked.deadline + SLOW_READER_S):
+                if asked.wanted.stream:
+                    await _Stream(exchange, asked, reply).run()
                 else:
-                    await _whole(exchange, run)
+                    await _whole(exchange, asked, reply)
         except TimeoutError:
             # Only a client that does not read gets here: the pair table ends everything else in time.
-            raise ClientLeft from None
+            failed = ClientLeft()
+            raise failed from None
+        except BaseException as error:
+            failed = error
+            raise
         finally:
-            watcher.cancel()
-            run.leave()
+            asked.close(failed)
 
 
-async def _stream(exchange: _Exchange, run: Run) -> None:
-    # Until there is a first token a failure can still have its own status.
-    step = await run.step()
-    await exchange.start(200, EVENTS)
-    opening = run.writer.first()
-    while True:
-        data = opening + run.writer.piece(step.piece)
-        opening = b""
-        if step.reason is not None and step.usage is not None:
-            await exchange.write(data + run.writer.last(step.reason, step.usage), more=False)
-            return
-        if data:
-            await exchange.write(data)
-        step = await run.step()
+class _Stream:
+    """Sends a reply as it comes."""
 
+    def __init__(self, exchange: Exchange, asked: Asked, reply: Reply) -> None:
+        self._exchange = exchange
+        self._asked = asked
+        self._reply = reply
+        self._writer: Writer = asked.writer()
+        self._keep_alive = asked.endpoint.keep_alive
+        self._loop = asyncio.get_running_loop()
+        self._written = self._loop.time()
+        self._opening: bytes | None = self._writer.first()
 
-async def _whole(exchange: _Exchange, run: Run) -> None:
-    steps: list[Step] = []
-    while True:
-        step = await run.step()
-        steps.append(step)
-        if step.reason is not None and step.usage is not None:
-            break
-    piece = Piece(
-        "".join(s.piece.reasoning for s in steps),
-        "".join(s.piece.content for s in steps),
-        [token for s in steps for token in s.piece.ids],
-    )
-    await exchange.reply(200, run.writer.whole(piece, step.reason, step.usage), [JSON])
-
-
-class _Exchange:
-    """One HTTP request and its answer."""
-
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._headers: Headers = scope["headers"]
-        self._receive = receive
-        self._send = send
-        self._started = False
-        asked = self._header(b"x-request-id") or b""
-        self.request_id = asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex.encode()
-
-    async def read(self, limit: int) -> bytes:
-        """The body, at most `limit` bytes. Raises ApiError."""
-        encoding = self._header(b"content-encoding")
-        if encoding not in (None, b"", b"identity"):
-            raise ApiError(415, "Compressed bodies are not supported: send the JSON as it is.")
-        length = self._header(b"content-length")
-        if length is not None and length.isdigit() and int(length) > limit:
-            raise _too_large(limit)
-        pieces: list[bytes] = []
-        size = 0
+    async def run(self) -> None:
+        self._timer = self._loop.call_later(KEEP_ALIVE_S, self._beat)
         try:
-            async with asyncio.timeout(BODY_TIMEOUT_S):
-                while True:
-                    message = await self._receive()
-                    if message["type"] == "http.disconnect":
-                        raise ClientLeft
-                    piece = message.get("body", b"")
-                    size += len(piece)
-                    if size > limit:
-                        raise _too_large(limit)
-                    pieces.append(piece)
-                    if not message.get("more_body", False):
-                        return b"".join(pieces)
-        except TimeoutError:
-            raise ApiError(408, f"The body did not arrive within {BODY_TIMEOUT_S:g} s.", code="timeout") from None
+            while await self._step():
+                pass
+        except ApiError as error:
+            if not self._exchange.started:
+                raise
+            # No `[DONE]`: it is not done.
+            self._exchange.end(self._failed(error))
+            raise
+        except ClientLeft:
+            raise
+        except Exception:
+            if self._exchange.started:
+                self._exchange.end(self._failed(_internal()))
+            raise
+        finally:
+            self._timer.cancel()
 
-    async def until_gone(self, then: Callable[[], None]) -> None:
-        """Wait for the client to leave, then call `then`."""
-        while True:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                then()
-                return
+    def _failed(self, error: ApiError) -> bytes:
+        failed = getattr(self._writer, "failed", None)
+        request_id = self._exchange.request_id.decode()
+        if failed is not None:
+            told: bytes = failed(error, request_id)
+            return told
+        return self._asked.endpoint.error_event(error, request_id)
 
-    async def start(self, status: int, headers: Headers) -> None:
-        self._started = True
-        await self._send(
-            {
-                "type": "http.response.start",
-                "status": status,
-                "headers": [*headers, (b"x-request-id", self.request_id)],
-            }
-        )
+    async def _step(self) -> bool:
+        writer = self._writer
+        data, done = b"", False
+        for step in await self._reply.next():
+            data += writer.piece(step.index, step.piece)
+            if step.reason is not None:
+                data += writer.last(step.index, step.reason)
+            if step.usage is not None:
+                data += writer.closing(step.usage)
+                done = True
+        # Until there is a first token a failure can still have its own status.
+        if self._opening is not None:
+            data = self._opening + data
+            self._start()
+        if done:
+            self._exchange.end(data)
+            return False
+        if data:
+            self._written = self._loop.time()
+            await self._exchange.write(data)
+        return True
 
-    async def write(self, body: bytes, *, more: bool = True) -> None:
-        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+    def _start(self) -> None:
+        self._opening = None
+        if not self._exchange.started:
+            self._exchange.start(200, [*EVENTS, *self._asked.headers()])
 
-    async def reply(self, status: int, body: bytes, headers: Headers) -> None:
-        await self.start(status, [*headers, (b"content-length", str(len(body)).encode())])
-        await self.write(body, more=False)
-
-    async def fail(self, error: ApiError) -> None:
-        """Tell the client of an error, in a stream that has begun as an event (and no `[DONE]`: it is not done)."""
-        if self._started:
-            await self.write(error_event(error), more=False)
-            return
-        headers = [JSON, *error.headers()]
-        if error.status in (408, 413):
-            # The rest of the body is not read.
-            headers.append((b"connection", b"close"))
-        await self.reply(error.status, error.body(), headers)
-
-    def _header(self, name: bytes) -> bytes | None:
-        return next((value for key, value in self._headers if key == name), None)
+    def _beat(self) -> None:
+        """Nothing may have been written for a while."""
+        now = self._loop.time()
+        if now - self._written >= KEEP_ALIVE_S:
+            self._written = now
+            if not self._exchange.started:
+                self._exchange.start(200, [*EVENTS, *self._asked.headers()])
+            self._exchange.remark(self._keep_alive)
+        self._timer = self._loop.call_at(self._written + KEEP_ALIVE_S, self._beat)
 
 
-def _too_large(limit: int) -> ApiError:
-    return ApiError(413, f"The body is larger than {limit} bytes.", code="body_too_large")
+async def _whole(exchange: Exchange, asked: Asked, reply: Reply) -> None:
+    pieces: list[list[Piece]] = [[] for _ in reply.runs]
+    reasons = [""] * len(pieces)
+    while reply.usage is None:
+        for step in await reply.next():
+            pieces[step.index].append(step.piece)
+            if step.reason is not None:
+                reasons[step.index] = step.reason
+    choices = [(_joined(found), reason) for found, reason in zip(pieces, reasons, strict=True)]
+    exchange.reply(200, asked.writer().whole(choices, reply.usage), [JSON, *asked.headers()])
+
+
+def _joined(pieces: list[Piece]) -> Piece:
+    return Piece(
+        "".join(piece.reasoning for piece in pieces),
+        "".join(piece.content for piece in pieces),
+        [token for piece in pieces for token in piece.ids],
+        [delta for piece in pieces for delta in piece.tools],
+        [one for piece in pieces for one in piece.logprobs],
+    )
+
+
+def _internal() -> ApiError:
+    message = "The server had an error while processing your request."
+    return ApiError(500, message, type="server_error", code="internal_error")
+
+
+def _refuse(exchange: Exchange, error: ApiError, encode: Callable[[ApiError, str], bytes]) -> None:
+    """Answer with an error, unless something has been answered already."""
+    if exchange.started:
+        return
+    body = encode(error, exchange.request_id.decode())
+    # The rest of a body that is late or too large is not read; and who has not said who he is may send none.
+    exchange.reply(error.status, body, [JSON, *error.headers()], close=error.status in (408, 413))

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.sandbox
 
 from tandem.gateway.model_card import ModelError, read_json
@@ -34,17 +35,33 @@ class ChatTemplate:
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = _strftime_now
+        self.source = source
         try:
             self._template = environment.from_string(source)
+            names = jinja2.meta.find_undeclared_variables(environment.parse(source))
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(f"the chat template has an error in line {error.lineno}: {error.message}") from error
         self._special_tokens = dict(special_tokens)
+        self.lists_tools = "tools" in names
+        """Whether it has a place for `tools`; R1's own has none."""
 
-    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> str:
-        """The prompt's text, with the opening of the assistant's answer. Raises TemplateRefusal."""
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None, *, thinking: bool | None = None
+    ) -> str:
+        """The prompt's text, with the opening of the assistant's answer. Raises TemplateRefusal.
+
+        `thinking`: for templates of models that can do both; None = as the template has it by itself.
+        """
+        # V3.1 asks for the one name, Qwen and others for the other.
+        mode = {} if thinking is None else {"thinking": thinking, "enable_thinking": thinking}
         try:
             return self._template.render(
-                messages=messages, tools=tools, documents=None, add_generation_prompt=True, **self._special_tokens
+                messages=messages,
+                tools=tools,
+                documents=None,
+                add_generation_prompt=True,
+                **mode,
+                **self._special_tokens,
             )
         except (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError) as error:
             raise TemplateRefusal(str(error)) from error

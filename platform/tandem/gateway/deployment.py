@@ -17,6 +17,7 @@ from ray import serve
 from ray.serve.config import ProxyLocation
 
 from tandem.config import FleetConfig
+from tandem.gateway.logs import configure_logs
 from tandem.gateway.replica import GatewayReplica
 
 APPLICATION = "tandem-gateway"
@@ -28,14 +29,17 @@ class _Gateway:
     """What runs in a Serve replica: a GatewayReplica that listens by itself."""
 
     def __init__(self, config: str, model_path: str, store_url: str, folder: str) -> None:
-        node = ray.get_runtime_context().get_node_id()
+        fleet = FleetConfig.model_validate_json(config)
+        replica = serve.get_replica_context().replica_id.unique_id
+        # Ray keeps a worker's standard error in its session's folder.
+        self._logs = configure_logs(json=fleet.observability.log_format == "json", fleet=fleet.name, replica=replica)
         self._replica = GatewayReplica(
-            FleetConfig.model_validate_json(config),
+            fleet,
             model_path=Path(model_path),
             store_url=store_url,
             folder=Path(folder),
-            replica=serve.get_replica_context().replica_id.unique_id,
-            node=node,
+            replica=replica,
+            node=ray.get_runtime_context().get_node_id(),
         )
         self._replica.start()
 
@@ -52,6 +56,7 @@ class _Gateway:
         replica = getattr(self, "_replica", None)
         if replica is not None:
             await asyncio.to_thread(replica.stop, DRAIN_S)
+            self._logs.close()
 
 
 def deploy(

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import tokenizers
 
 from tandem.gateway.model_card import ModelError
+from tandem.gateway.tools import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEP
 
-KEPT = frozenset({"<think>", "</think>"})
+KEPT = frozenset({"<think>", "</think>", CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, SEP})
 """Markers that the gateway reads itself, so they stay even where the tokenizer calls them special."""
 
 
@@ -52,6 +53,7 @@ class Vocabulary:
         self._bytes = [b""] * self.size
         for token, number in vocabulary.items():
             self._bytes[number] = _token_bytes(token)
+        self._names = list(self._bytes)
         for number, added in inner.get_added_tokens_decoder().items():
             if added.special and added.content not in kept:
                 self._bytes[number] = b""
@@ -60,18 +62,33 @@ class Vocabulary:
         """The token's bytes; none for an id that the tokenizer does not know (padding of the vocabulary)."""
         return self._bytes[token] if 0 <= token < self.size else b""
 
+    def name(self, token: int) -> bytes:
+        """The same, but a special token has its name."""
+        return self._names[token] if 0 <= token < self.size else b""
+
+    def text(self, tokens: Iterable[int]) -> str:
+        """What the tokens read as, without special ones."""
+        return b"".join(map(self.of, tokens)).decode("utf-8", "replace")
+
 
 class Detokenizer:
     """One stream's decoder: `feed` tokens, get the characters that are complete; `end` for what is left."""
 
-    __slots__ = ("_decode", "_vocabulary")
+    __slots__ = ("_bytes_of", "_decode", "_decoder")
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        self._vocabulary = vocabulary
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+    def __init__(self, vocabulary: Vocabulary, *, special_tokens: bool = False) -> None:
+        """`special_tokens`: they are shown by their names."""
+        self._bytes_of = vocabulary.name if special_tokens else vocabulary.of
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decode = self._decoder.decode
 
     def feed(self, token: int) -> str:
-        return self._decode(self._vocabulary.of(token))
+        return self._decode(self._bytes_of(token))
+
+    @property
+    def partial(self) -> bool:
+        """The last character is not complete yet."""
+        return bool(self._decoder.getstate()[0])
 
     def end(self) -> str:
         """The rest: U+FFFD if the stream broke off inside a character."""

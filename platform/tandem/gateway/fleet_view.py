@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -34,9 +35,11 @@ class _Record(msgspec.Struct, frozen=True, kw_only=True):
 class FleetView:
     """Reads `groups/`, `desired/`, `gateways/` and `fleet`; tells the listener of every change of a group."""
 
-    def __init__(self, store: Store, listener: GroupListener) -> None:
+    def __init__(self, store: Store, listener: GroupListener, *, on_change: Callable[[], None] = lambda: None) -> None:
+        """`on_change` is called after each change of groups or gateways."""
         self._store = store
         self._listener = listener
+        self._on_change = on_change
         self._groups: dict[str, Group] = {}
         self._desired: dict[str, GroupSpec] = {}
         self._gateways: dict[str, GatewayReplica] = {}
@@ -47,11 +50,14 @@ class FleetView:
         """Take the state as it is now. Raises StoreError."""
         for entry in await self._store.list(""):
             self._take(entry.key, entry.value, entry.version)
+        self._on_change()
 
     async def follow(self) -> None:
         """Follow every change until the store is closed; outages are the watch's own affair."""
         async for change in self._store.watch(""):
             self._take(change.key, change.value, change.version)
+            if change.key.startswith(("groups/", "gateways/")):
+                self._on_change()
 
     def snapshot(self) -> FleetSnapshot:
         return FleetSnapshot(

@@ -1,4 +1,4 @@
-"""Everything that is not an answer of the model: models, health, readiness, the fleet, metrics."""
+"""Everything that needs no engine: models, tokens, health, readiness, the fleet, metrics, the API's description."""
 
 from __future__ import annotations
 
@@ -9,57 +9,83 @@ from typing import Any
 import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from tandem import __version__
+from tandem.core.tenants import Tenant
 from tandem.core.types import FleetSnapshot, GroupState, Role
+from tandem.gateway import anthropic_writer, openapi, token_api
+from tandem.gateway.anthropic_api import count_tokens
+from tandem.gateway.auth import check_model
 from tandem.gateway.errors import ApiError
-from tandem.gateway.metrics import Metrics
-from tandem.gateway.model_card import ModelCard
-from tandem.gateway.pairs import PairDriver
-from tandem.gateway.requests import model_not_found
+from tandem.gateway.requests import model_not_found, parse_json
+from tandem.gateway.service import Service
+
+COUNT_TOKENS = "/v1/messages/count_tokens"
 
 Page = tuple[int, bytes, bytes]
 """(status, content type, body)"""
 
 
-class Pages:
-    """Answers GETs at once, from memory."""
+_OPEN = frozenset({"/health", "/ready", "/fleet", "/metrics", "/openapi.json"})
+"""For probes, Prometheus and `tandem status`, which have no key."""
 
-    def __init__(
-        self,
-        replica: str,
-        fleet_name: str,
-        card: ModelCard,
-        driver: PairDriver,
-        metrics: Metrics,
-        fleet: Callable[[], FleetSnapshot],
-    ) -> None:
+
+class Pages:
+    """Answers from memory."""
+
+    def __init__(self, replica: str, fleet_name: str, service: Service, fleet: Callable[[], FleetSnapshot]) -> None:
         self._replica = replica
         self._fleet_name = fleet_name
-        self._card = card
-        self._driver = driver
-        self._metrics = metrics
+        self._service = service
+        self._card = service.card
+        self._driver = service.driver
+        self._metrics = service.metrics
         self._fleet = fleet
         self._created = int(time.time())
+        self._description = openapi.page(self._card, __version__)
         self._pages: dict[str, Callable[[], Page]] = {
-            "/v1/models": self._models,
             "/health": self._health,
             "/ready": self._ready,
             "/fleet": self._whole_fleet,
             "/metrics": self._exposition,
+            "/openapi.json": lambda: (200, b"application/json", self._description),
+        }
+        self._tools: dict[str, Callable[[dict[str, Any]], bytes]] = {
+            "/tokenize": lambda body: token_api.tokenize(body, self._card, service.tokenizer),
+            "/detokenize": lambda body: token_api.detokenize(body, self._card, service.tokenizer),
+            COUNT_TOKENS: lambda body: count_tokens(body, self._card, service.tokenizer),
         }
 
-    def get(self, method: str, path: str) -> Page:
-        """The page at `path`. Raises ApiError."""
-        page = self._pages.get(path)
-        if page is None and path.startswith("/v1/models/"):
-            name = path.removeprefix("/v1/models/")
-            if name != self._card.name:
-                raise model_not_found(name)
-            page = self._one_model
+    def is_open(self, path: str) -> bool:
+        """Whether the page is for everyone, with or without a key."""
+        return path in _OPEN
+
+    def error_of(self, path: str) -> Callable[[ApiError, str], bytes]:
+        """How the page tells an error: (error, request id) → body."""
+        return anthropic_writer.encode_error if path == COUNT_TOKENS else lambda error, _: error.body()
+
+    async def get(self, method: str, path: str, body: bytes, tenant: Tenant) -> Page:
+        """The page at `path`, for this tenant. Raises ApiError."""
+        if path in self._tools:
+            _check_method(method, path, "POST")
+            tool = self._tools[path]
+            found = await self._service.work(len(body), lambda: tool(parse_json(body)))
+            return 200, b"application/json", found
+        page = self._models_page(path, tenant) or self._pages.get(path)
         if page is None:
             raise ApiError(404, f"Invalid URL ({method} {path})")
-        if method not in ("GET", "HEAD"):
-            raise ApiError(405, f"Not allowed to {method} on {path}; use GET.")
+        _check_method(method, path, "GET")
         return page()
+
+    def _models_page(self, path: str, tenant: Tenant) -> Callable[[], Page] | None:
+        if path == "/v1/models":
+            return lambda: self._models(tenant)
+        if not path.startswith("/v1/models/"):
+            return None
+        name = path.removeprefix("/v1/models/")
+        if name != self._card.name:
+            raise model_not_found(name)
+        check_model(tenant, name)
+        return self._one_model
 
     def _model(self) -> dict[str, Any]:
         return {
@@ -70,8 +96,9 @@ class Pages:
             "max_model_len": self._card.context,
         }
 
-    def _models(self) -> Page:
-        return _json({"object": "list", "data": [self._model()]})
+    def _models(self, tenant: Tenant) -> Page:
+        mine = tenant.models is None or self._card.name in tenant.models
+        return _json({"object": "list", "data": [self._model()] if mine else []})
 
     def _one_model(self) -> Page:
         return _json(self._model())
@@ -98,7 +125,16 @@ class Pages:
     def _exposition(self) -> Page:
         for role, state, count in _count_groups(self._fleet()):
             self._metrics.groups.labels(role, state).set(count)
+        roles = {group.group: group.role.value for group in self._fleet().groups}
+        self._metrics.group_loads(
+            (roles.get(load.group, ""), load.group, load.rooms, load.tokens) for load in self._driver.router.loads()
+        )
         return 200, CONTENT_TYPE_LATEST.encode(), self._metrics.exposition()
+
+
+def _check_method(method: str, path: str, wanted: str) -> None:
+    if method != wanted and not (wanted == "GET" and method == "HEAD"):
+        raise ApiError(405, f"Not allowed to {method} on {path}; use {wanted}.")
 
 
 def _json(found: object, status: int = 200) -> Page:

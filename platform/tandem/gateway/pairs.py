@@ -23,6 +23,7 @@ from tandem.core.pair_events import (
     Finish,
     GroupLost,
     GroupUp,
+    LegFailed,
     LegReleased,
     NeedPair,
     Opened,
@@ -37,7 +38,7 @@ from tandem.core.pairing import PairTable, room_number
 from tandem.core.routing import NoCapacity, Router
 from tandem.core.types import Group, GroupState, Role
 from tandem.engine.client import Ended, EngineClient
-from tandem.gateway.legs import Leg, leg_body
+from tandem.gateway.legs import Leg, leg_body, outcome_of
 from tandem.gateway.metrics import Metrics
 from tandem.gateway.ticket import Ticket
 
@@ -138,7 +139,11 @@ class PairDriver:
         match action:
             case Deliver(request=request, room=room, ids=ids):
                 self.router.grow(room, len(ids))
-                self._tickets[request].deliver(ids)
+                ticket = self._tickets[request]
+                if ticket.prefilled is not None:
+                    self._metrics.kv_transferred(self._loop.time() - ticket.prefilled)
+                    ticket.prefilled = None
+                ticket.deliver(ids)
             case NeedPair():
                 return self._choose(action)
             case SendLeg(request=request, room=room, role=role):
@@ -156,6 +161,8 @@ class PairDriver:
         return None
 
     def _choose(self, need: NeedPair) -> Event:
+        ticket = self._tickets[need.request]
+        ticket.attempts = need.attempt
         if need.attempt > 1:
             self._metrics.retries.inc()
         pair = self.router.choose(avoid=need.avoid)
@@ -165,14 +172,25 @@ class PairDriver:
         room = 0
         while not room or self.table.has_room(room):
             room = room_number(self._draw(), dp_size=pair.prefill.dp_size, dp_rank=pair.prefill.dp_rank)
+        ticket.pair = pair
         return Opened(request=need.request, room=room, pair=pair)
 
     def _send(self, send: SendLeg) -> None:
         ticket = self._tickets[send.request]
         target = send.pair.target(send.role)
-        self.router.open(send.room, target, ticket.prompt_tokens)
+        self.router.open(send.room, target, len(ticket.prompt))
         rid, body = leg_body(send.pair, send.role, send.room, ticket.common)
-        leg = Leg(self, self._client, send.room, send.role, target.url, rid, body, ticket)
+        trace = None
+        if ticket.trace is not None:
+            trace = ticket.trace.leg(
+                send.role.value,
+                group=target.group,
+                epoch=target.epoch,
+                dp_rank=target.dp_rank,
+                room=send.room,
+                attempt=ticket.attempts,
+            )
+        leg = Leg(self, self._client, send.room, send.role, target, rid, body, ticket, trace)
         self._legs[send.room, send.role] = leg
         leg.start()
         if send.role is Role.PREFILL:
@@ -183,14 +201,19 @@ class PairDriver:
 
     def leg_ended(self, leg: Leg, ended: Ended) -> None:
         """The engine is done with the leg; noted before the table hears of it."""
+        ticket = leg.ticket
         if leg.role is Role.PREFILL:
             # Prefill is where a prefix is found; decode gets the whole KV either way.
-            leg.ticket.cached_tokens = ended.cached_tokens
+            ticket.cached_tokens = ended.cached_tokens
+            ticket.prefilled = self._loop.time()
         else:
-            leg.ticket.ended = ended
+            ticket.ended = ended
 
-    def leg_failure(self, leg: Leg, failure: Failure) -> None:
-        self._metrics.leg_failures.labels(leg.role.value, failure.kind.value).inc()
+    def leg_over(self, leg: Leg, event: Event, seconds: float) -> None:
+        """The leg reports its end, after this time."""
+        if isinstance(event, LegFailed):
+            self._metrics.leg_failures.labels(leg.role.value, event.failure.kind.value).inc()
+        self._metrics.leg_ended(leg.role.value, leg.target.group, outcome_of(event), seconds)
 
     def _arm(self) -> None:
         due = self.table.next_deadline()

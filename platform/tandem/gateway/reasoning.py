@@ -40,13 +40,25 @@ class ReasoningParser:
         """Line ends are dropped until something else comes."""
 
     @property
+    def held(self) -> int:
+        """Characters at the end that are not decided yet."""
+        return len(self._held)
+
+    @property
     def reasoning(self) -> bool:
         """Whether the next token counts as reasoning."""
         return self._at is _At.REASONING or (self._at is _At.OPENING and self._thinking)
 
+    @property
+    def settled(self) -> bool:
+        """All that follows is content, as it stands."""
+        return self._at is _At.CONTENT and not self._strip
+
     def feed(self, text: str) -> Split:
         if self._at is _At.CONTENT:
             return Split("", self._stripped(text))
+        if self._at is _At.REASONING and not (self._held or self._strip or "<" in text or text[-1:] == "\n"):
+            return Split(text, "")
         text, self._held = self._held + text, ""
         return self._open(text) if self._at is _At.OPENING else self._reason(text)
 
@@ -98,7 +110,10 @@ class ReasoningParser:
 
 def _open_tail(text: str) -> int:
     """Where the part begins that may still turn out to be line ends and `</think>`."""
-    for size in range(min(len(END) - 1, len(text)), 0, -1):
-        if END.startswith(text[-size:]):
-            return len(text[:-size].rstrip("\n"))
-    return len(text.rstrip("\n"))
+    # The marker has no second "<", so only the last one can begin it.
+    start = text.rfind("<")
+    if start < 0 or not END.startswith(text[start:]):
+        start = len(text)
+    while start and text[start - 1] == "\n":
+        start -= 1
+    return start

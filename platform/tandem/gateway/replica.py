@@ -11,36 +11,25 @@ import http.client
 import logging
 import os
 import socket
+import ssl
 import threading
 import uuid
-from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
 import msgspec
-import uvicorn
 import uvloop
 
-from tandem.config import FleetConfig
-from tandem.core.layout import CPU_KV_TOKENS
+from tandem.config import FleetConfig, TlsConfig
 from tandem.core.types import GatewayReplica as Record
-from tandem.engine.client import EngineClient
-from tandem.gateway.app import App
-from tandem.gateway.detokenize import Vocabulary
-from tandem.gateway.fleet_view import FleetView
-from tandem.gateway.metrics import Metrics
-from tandem.gateway.model_card import load_card
-from tandem.gateway.pages import Pages
-from tandem.gateway.pairs import PairDriver
-from tandem.gateway.service import Service
-from tandem.gateway.tokenize import Tokenizer
-from tandem.state import Store, StoreError, open_store
+from tandem.gateway.assembly import Gateway, Setting
+from tandem.gateway.tls import probe_context
+from tandem.state import Store, StoreError
 
 log = logging.getLogger(__name__)
 
 REGISTRATION_S = 10.0
 """A replica that does not renew its entry in the store for so long is taken for dead."""
-BACKLOG = 4096
 
 
 class ReplicaError(RuntimeError):
@@ -119,7 +108,11 @@ class GatewayReplica:
             raise ReplicaError("the gateway's thread is not running")
         for _ in range(32):
             try:
-                health = _health(self._record.url, within)
+                health = _health(self._record.url, within, self._config.gateway.tls)
+            except ssl.SSLError as error:
+                # It answers; a client certificate is wanted, and ours is none of the clients'.
+                log.debug("%s/health: %s", self._record.url, error)
+                return
             except (OSError, ValueError, http.client.HTTPException) as error:
                 raise ReplicaError(f"{self._record.url}/health does not answer: {error}") from error
             if health.get("replica") == self.replica:
@@ -142,7 +135,7 @@ class GatewayReplica:
             ) from error
         url = self._url(listener)
         try:
-            health = _health(url, 1.0)
+            health = _health(url, 1.0, self._config.gateway.tls)
         except ConnectionRefusedError:
             # Ours is bound but does not listen yet, so nobody does.
             return listener
@@ -159,7 +152,8 @@ class GatewayReplica:
         if host in ("0.0.0.0", "::"):
             # What others are told must be an address of this node.
             host = "127.0.0.1" if self._config.gateway.replicas == 1 and not self._node else _own_address(host)
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        scheme = "http" if self._config.gateway.tls is None else "https"
+        return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
     # In the thread
 
@@ -178,66 +172,40 @@ class GatewayReplica:
     async def _serve(self, listener: socket.socket, started: Future[None]) -> None:
         self._loop = asyncio.get_running_loop()
         self._stopping = asyncio.Event()
+        setting = Setting(
+            config=self._config,
+            model_path=self._model_path,
+            store_url=self._store_url,
+            folder=self._folder,
+            replica=self.replica,
+        )
         async with contextlib.AsyncExitStack() as stack:
-            store = await open_store(self._store_url, fleet=self._config.name, folder=self._folder)
-            stack.push_async_callback(store.close)
-            client = EngineClient()
-            stack.push_async_callback(client.close)
-            metrics = Metrics()
-            driver = PairDriver(client, metrics)
-            view = FleetView(store, driver)
-            await view.load()
-            service = self._service(driver, metrics)
-            stack.callback(service.close)
-            pages = Pages(self.replica, self._config.name, service.card, driver, metrics, view.snapshot)
-            listening = asyncio.Event()
-            server = _Server(App(service, pages), listening.set)
-            work = [
-                asyncio.create_task(view.follow(), name="fleet-view"),
-                asyncio.create_task(self._register(store, listening, started), name="registration"),
-                asyncio.create_task(server.serve(sockets=[listener]), name="http"),
-            ]
+            gateway = Gateway(setting, stack)
+            await gateway.open()
+            self._know_grpc(await gateway.listen(listener))
+            registration = asyncio.create_task(self._register(gateway.store, started), name="registration")
             stopping = asyncio.create_task(self._stopping.wait(), name="stopping")
+            work = [*gateway.tasks, registration]
             try:
                 await asyncio.wait([*work, stopping], return_when=asyncio.FIRST_COMPLETED)
             finally:
                 stopping.cancel()
-                await self._close(work, store, server, driver)
+                registration.cancel()
+                await asyncio.wait([registration], timeout=5)
+                await self._deregister(gateway.store)
+                await gateway.stop(self._grace)
             for task in work:
                 if task.done() and not task.cancelled():
                     task.result()
 
-    def _service(self, driver: PairDriver, metrics: Metrics) -> Service:
-        card = load_card(self._model_path, self._config.model.name, self._smallest_pool())
-        tokenizer = Tokenizer.load(self._model_path)
-        return Service(self._config.gateway, card, tokenizer, Vocabulary(tokenizer.inner), driver, metrics)
-
-    def _smallest_pool(self) -> int | None:
-        """KV tokens of the DP ranks with the fewest; None where SGLang measures a GPU's memory itself."""
-        on_cpu = CPU_KV_TOKENS if self._config.device == "cpu" else None
-        pools = [pool.max_total_tokens or on_cpu for pool in (self._config.prefill, self._config.decode)]
-        return min((tokens for tokens in pools if tokens), default=None)
-
-    async def _close(self, work: list[asyncio.Task[None]], store: Store, server: _Server, driver: PairDriver) -> None:
-        follow, register, serve = work
-        register.cancel()
-        await asyncio.wait([register], timeout=5)
-        await self._deregister(store)
-        server.should_exit = True
-        done, _ = await asyncio.wait([serve], timeout=self._grace)
-        if not done:
-            driver.withdraw_all()
-            await asyncio.wait([serve], timeout=5)
-        server.force_exit = True
-        await driver.drain(within=1.0)
-        follow.cancel()
-        serve.cancel()
-        await asyncio.wait(work, timeout=5)
-
-    async def _register(self, store: Store, listening: asyncio.Event, started: Future[None]) -> None:
-        """Keep the entry in the store, from when the listener answers; then the replica counts as started."""
+    def _know_grpc(self, port: int) -> None:
         assert self._record is not None, "it was made before the thread was"
-        await listening.wait()
+        host, _, _ = self._record.url.partition("://")[2].rpartition(":")
+        self._record = msgspec.structs.replace(self._record, grpc=f"{host}:{port}")
+
+    async def _register(self, store: Store, started: Future[None]) -> None:
+        """Keep the entry in the store; with it the replica counts as started."""
+        assert self._record is not None, "it was made before the thread was"
         key, value = f"gateways/{self.replica}", msgspec.json.encode(self._record)
         while True:
             try:
@@ -257,35 +225,13 @@ class GatewayReplica:
             log.warning("could not remove the gateway's registration, it expires by itself: %s", error)
 
 
-class _Server(uvicorn.Server):
-    """uvicorn on a socket that is bound already; says when it listens."""
-
-    def __init__(self, app: App, on_started: Callable[[], None]) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                http="httptools",
-                ws="none",
-                lifespan="off",
-                interface="asgi3",
-                log_config=None,
-                access_log=False,
-                proxy_headers=False,
-                backlog=BACKLOG,
-                timeout_keep_alive=75,
-                server_header=False,
-            )
-        )
-        self._on_started = on_started
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets=sockets)
-        self._on_started()
-
-
-def _health(url: str, within: float) -> dict[str, str]:
-    host, _, port = url.removeprefix("http://").rpartition(":")
-    connection = http.client.HTTPConnection(host.strip("[]"), int(port), timeout=within)
+def _health(url: str, within: float, tls: TlsConfig | None) -> dict[str, str]:
+    """What the gateway at `url` says of itself. Raises OSError, ValueError, HTTPException."""
+    host, _, port = url.partition("://")[2].rpartition(":")
+    host = host.strip("[]")
+    connection = http.client.HTTPConnection(host, int(port), timeout=within)
+    if tls is not None:
+        connection = http.client.HTTPSConnection(host, int(port), timeout=within, context=probe_context(tls))
     try:
         connection.request("GET", "/health")
         answer = connection.getresponse()

@@ -1,48 +1,61 @@
-"""A request in the pair table, as the one who submitted it sees it."""
+"""One choice of a reply in the pair table, as the one who submitted it sees it."""
 
 from __future__ import annotations
 
-import asyncio
-
-import msgspec
+from collections.abc import Sequence
 
 from tandem.core.pair_events import Fail, Finish
-from tandem.engine.client import Ended
-
-
-class News(msgspec.Struct):
-    """What has come of a request since the last look."""
-
-    ids: list[int]
-    end: Finish | Fail | None
+from tandem.core.routing import Pair
+from tandem.engine.client import Ended, Logprob
+from tandem.gateway.bell import Bell
+from tandem.gateway.tracing import RequestTrace
 
 
 class Ticket:
-    """A request in the table, as the one who submitted it sees it."""
+    """The pair driver writes into it and rings; the reply reads it."""
 
-    def __init__(self, request: str, common: bytes, prompt_tokens: int) -> None:
+    def __init__(
+        self,
+        request: str,
+        common: bytes,
+        prompt: Sequence[int],
+        bell: Bell,
+        *,
+        session: str = "",
+        trace: RequestTrace | None = None,
+    ) -> None:
+        """
+        Args:
+            common: the part of the engines' JSON body that all legs share (see `leg_body`).
+            session: requests of one session are routed alike where that costs little.
+        """
         self.request = request
         self.common = common
-        """The part of the engines' JSON body that all legs share (see `leg_body`)."""
-        self.prompt_tokens = prompt_tokens
+        self.prompt = prompt
+        self.bell = bell
+        self.session = session
+        self.trace = trace
+        self.attempts = 0
+        self.pair: Pair | None = None
+        """The latest."""
         self.cached_tokens = 0
+        self.prefilled: float | None = None
+        """When the latest prefill leg ended well, on the loop's clock."""
         self.ended: Ended | None = None
         """How decode ended; set before the `Finish` is seen."""
-        self._ids: list[int] = []
-        self._end: Finish | Fail | None = None
-        self._wake = asyncio.Event()
-
-    async def news(self) -> News:
-        """Wait for tokens or the end; both may come together. The table's deadlines bound the wait."""
-        await self._wake.wait()
-        self._wake.clear()
-        ids, self._ids = self._ids, []
-        return News(ids, self._end)
+        self.ids: list[int] = []
+        """Tokens that nobody has taken yet, and their logprobs if they were asked for."""
+        self.logprobs: list[Logprob] | None = None
+        self.coming: list[Logprob] | None = None
+        """Logprobs of the tokens that the table is being told of."""
+        self.end: Finish | Fail | None = None
 
     def deliver(self, ids: list[int]) -> None:
-        self._ids += ids
-        self._wake.set()
+        self.ids = self.ids + ids if self.ids else ids
+        if self.coming is not None:
+            self.logprobs = self.logprobs + self.coming if self.logprobs else self.coming
+        self.bell.ring()
 
     def finish(self, end: Finish | Fail) -> None:
-        self._end = end
-        self._wake.set()
+        self.end = end
+        self.bell.ring()

@@ -10,8 +10,8 @@ import tokenizers
 
 from tandem.gateway.chat_template import ChatTemplate, load_template, token_text
 from tandem.gateway.model_card import ModelError, read_json
-
-THINK_START = "<think>"
+from tandem.gateway.reasoning import END, START
+from tandem.gateway.tools import ToolFormat, format_of, instructions
 
 
 class ChatPrompt(NamedTuple):
@@ -56,14 +56,58 @@ class Tokenizer:
             ids.insert(0, self._bos)
         return ids
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> ChatPrompt:
-        """A conversation through the model's template. Raises TemplateRefusal, ModelError."""
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens by their names."""
+        return self.inner.decode(list(ids), skip_special_tokens=False)
+
+    @property
+    def tool_format(self) -> ToolFormat:
+        """How the model calls tools, by its template."""
+        return ToolFormat.R1 if self._template is None else format_of(self._template.source)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Any] | None = None,
+        *,
+        thinking: bool | None = None,
+        prefix: bool = False,
+    ) -> ChatPrompt:
+        """A conversation through the model's template. Raises TemplateRefusal, ModelError.
+
+        Args:
+            thinking: whether the answer is to begin with reasoning; None = as the template has it.
+            prefix: the last message is the beginning of the answer.
+        """
         if self._template is None:
             raise ModelError("the model has no chat template: use /v1/completions")
-        text = self._template.render(messages, tools)
-        return ChatPrompt(self._encode(text, special=False), text.rstrip().endswith(THINK_START))
+        begun = messages[-1] if prefix else None
+        if tools and not self._template.lists_tools:
+            messages = [{"role": "system", "content": instructions(tools, self.tool_format)}, *messages]
+        text = self._template.render(messages[:-1] if prefix else messages, tools or None, thinking=thinking)
+        opened = text.rstrip().endswith(START)
+        if begun is not None:
+            text, opened = _begin(text, opened, begun)
+        elif opened and thinking is False:
+            # A template that always opens the reasoning: it is closed at once.
+            text, opened = f"{text.rstrip()}\n\n{END}\n\n", False
+        return ChatPrompt(self._encode(text, special=False), opened)
 
     def _encode(self, text: str, *, special: bool) -> list[int]:
         # Of all its methods only the batch ones release the GIL, and `fast` leaves out offsets that nobody reads.
         ids: list[int] = self.inner.encode_batch_fast([text], add_special_tokens=special)[0].ids
         return ids
+
+
+def _begin(text: str, opened: bool, message: Mapping[str, Any]) -> tuple[str, bool]:
+    """The prompt with the beginning of the answer, and whether that ends inside the reasoning.
+
+    With `reasoning_content` alone the reasoning goes on. With `content` the reasoning is over: it is what the message
+    says of it, or none.
+    """
+    reasoning, content = message.get("reasoning_content") or "", message.get("content") or ""
+    if not opened:
+        return text + content, False
+    if reasoning and not content:
+        return text + reasoning, True
+    return f"{text}{reasoning}\n{END}\n\n{content}", False

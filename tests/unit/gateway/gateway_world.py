@@ -1,25 +1,38 @@
-"""A whole gateway in one event loop: stand-in engines on sockets, and the ASGI application called directly."""
+"""A whole gateway in one event loop: stand-in engines and clients, all on real sockets."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
+import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from engine_standin import Engine, engine
 from gateway_model import CARD, tokenizer, vocabulary
 
-from tandem.config import GatewayConfig
+from tandem.config import FleetConfig
 from tandem.core.types import FleetSnapshot, Group, GroupState, Role
+from tandem.core.usage import UsageRecord
 from tandem.engine.client import EngineClient
+from tandem.gateway.admission import Admission
 from tandem.gateway.app import App
+from tandem.gateway.auth import Authenticator
+from tandem.gateway.http_server import HttpServer
+from tandem.gateway.keys import KeyRing
+from tandem.gateway.limits import LocalLimits
+from tandem.gateway.logs import RequestLog
+from tandem.gateway.metering import Meter
 from tandem.gateway.metrics import Metrics
 from tandem.gateway.pages import Pages
 from tandem.gateway.pairs import PairDriver
 from tandem.gateway.service import Service
+from tandem.gateway.tracing import Tracing
+from tandem.state import Store, open_store
 
 
 @dataclass
@@ -36,7 +49,7 @@ class Answer:
 
     def events(self) -> list[Any]:
         """Server-sent events; `[DONE]` as the string."""
-        texts = [text.removeprefix("data: ") for text in self.body.decode().split("\n\n") if text]
+        texts = [text.removeprefix("data: ") for text in self.body.decode().split("\n\n") if text.startswith("data: ")]
         return [text if text == "[DONE]" else json.loads(text) for text in texts]
 
     def text(self) -> str:
@@ -45,46 +58,72 @@ class Answer:
 
 
 class Call:
-    """One HTTP request to the application."""
+    """One HTTP request on a connection of its own."""
 
-    def __init__(self, app: App, method: str, path: str, body: bytes, headers: dict[str, str]) -> None:
+    def __init__(self, address: tuple[str, int], method: str, path: str, body: bytes, headers: dict[str, str]) -> None:
         self.answer = Answer()
-        self._app = app
-        self._scope = {
-            "type": "http",
-            "method": method,
-            "path": path,
-            "headers": [(key.encode(), value.encode()) for key, value in headers.items()],
-        }
-        self._incoming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        self._incoming.put_nowait({"type": "http.request", "body": body, "more_body": False})
+        self._address = address
+        lines = [f"{method} {path} HTTP/1.1", "host: test", *(f"{key}: {value}" for key, value in headers.items())]
+        if method != "GET" and "content-length" not in headers and "transfer-encoding" not in headers:
+            lines.append(f"content-length: {len(body)}")
+        self._request = "\r\n".join(lines).encode() + b"\r\n\r\n" + body
         self._news = asyncio.Event()
+        self._writer: asyncio.StreamWriter | None = None
         self.slow = asyncio.Event()
         self.slow.set()
         """Cleared, the client does not read."""
 
     async def run(self) -> Answer:
         async with asyncio.timeout(5):
-            await self._app(self._scope, self._incoming.get, self._send)
+            reader, self._writer = await asyncio.open_connection(*self._address, limit=2**16)
+            try:
+                self._writer.write(self._request)
+                await self._read(reader)
+            except (asyncio.IncompleteReadError, ConnectionError):
+                pass  # the answer is what has come; `complete` tells that it is not whole
+            finally:
+                self._writer.close()
         return self.answer
 
     def leave(self) -> None:
         """Close the client's connection."""
-        self._incoming.put_nowait({"type": "http.disconnect"})
+        assert self._writer is not None
+        self._writer.transport.abort()
 
     async def until_body(self) -> None:
         """Wait until something of the answer has come."""
         await self._news.wait()
 
-    async def _send(self, message: dict[str, Any]) -> None:
-        if message["type"] == "http.response.start":
-            self.answer.status = message["status"]
-            self.answer.headers = {key.decode(): value.decode() for key, value in message["headers"]}
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        status, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().strip().split("\r\n")
+        self.answer.status = int(status.split(" ")[1])
+        self.answer.headers = dict(line.split(": ", 1) for line in lines)
+        if "content-length" in self.answer.headers:
+            self._add(await reader.readexactly(int(self.answer.headers["content-length"])))
+            self.answer.complete = True
             return
-        await self.slow.wait()
-        self.answer.body += message["body"]
-        self.answer.complete = not message.get("more_body", False)
+        while True:
+            await self.slow.wait()
+            size = int(await reader.readuntil(b"\r\n"), 16)
+            data = (await reader.readexactly(size + 2))[:-2]
+            if not data:
+                self.answer.complete = True
+                return
+            self._add(data)
+
+    def _add(self, data: bytes) -> None:
+        self.answer.body += data
         self._news.set()
+
+
+class Notes(Meter):
+    """A meter that keeps its records."""
+
+    def __init__(self) -> None:
+        self.records: list[UsageRecord] = []
+
+    def record(self, record: UsageRecord) -> None:
+        self.records.append(record)
 
 
 @dataclass
@@ -94,11 +133,13 @@ class World:
     engines: dict[str, Engine]
     driver: PairDriver
     service: Service
-    app: App
+    address: tuple[str, int]
+    records: list[UsageRecord]
+    store: Store
 
     def call(self, path: str, body: object = None, headers: dict[str, str] | None = None, method: str = "") -> Call:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return Call(self.app, method or ("GET" if body is None else "POST"), path, data, headers or {})
+        return Call(self.address, method or ("GET" if body is None else "POST"), path, data, headers or {})
 
     async def get(self, path: str) -> Answer:
         return await self.call(path).run()
@@ -139,8 +180,12 @@ class World:
 
 
 @contextlib.asynccontextmanager
-async def world(*names: str, **config: Any) -> AsyncIterator[World]:
-    """A gateway with groups of these names ("p…" prefill, "d…" decode), all ready."""
+async def world(*names: str, fleet: dict[str, Any] | None = None, **config: Any) -> AsyncIterator[World]:
+    """A gateway with groups of these names ("p…" prefill, "d…" decode), all ready.
+
+    `config`: fields of the gateway's configuration; `fleet`: others of the fleet's.
+    """
+    whole = FleetConfig.model_validate({"name": "test", "gateway": config, **(fleet or {})})
     async with contextlib.AsyncExitStack() as stack:
         engines = {
             name: await stack.enter_async_context(engine("prefill" if name.startswith("p") else "decode"))
@@ -150,11 +195,37 @@ async def world(*names: str, **config: Any) -> AsyncIterator[World]:
         stack.push_async_callback(client.close)
         metrics = Metrics()
         driver = PairDriver(client, metrics)
-        service = Service(GatewayConfig(**config), CARD, tokenizer(), vocabulary(), driver, metrics)
+        meter = Notes()
+        store = await open_store("embedded", fleet="test", folder=Path(stack.enter_context(TemporaryDirectory())))
+        stack.push_async_callback(store.close)
+        keys = KeyRing(store)
+        following = asyncio.create_task(keys.follow())
+        stack.callback(following.cancel)
+        await keys.loaded()
+        service = Service(
+            whole.gateway,
+            CARD,
+            tokenizer(),
+            vocabulary(),
+            driver,
+            metrics,
+            authenticator=Authenticator(whole, keys),
+            admission=Admission(LocalLimits("g1", lambda: 1)),
+            meter=meter,
+            tracing=Tracing(None),
+            log=RequestLog(),
+            queue_s=5.0,
+            replica="g1",
+        )
         stack.callback(service.close)
-        pages = Pages("g1", "test", CARD, driver, metrics, lambda: FleetSnapshot(name="test"))
-        made = World(engines, driver, service, App(service, pages))
+        pages = Pages("g1", "test", service, lambda: FleetSnapshot(name="test"))
+        server = HttpServer(App(service, pages))
+        listener = socket.create_server(("127.0.0.1", 0))
+        await server.start(listener)
+        stack.callback(server.abort)
+        made = World(engines, driver, service, listener.getsockname(), meter.records, store)
         for name in names:
             made.group(name)
         yield made
+        assert await server.stop(grace=5)
         await made.quiet()

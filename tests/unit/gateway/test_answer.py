@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from tandem.engine.client import Ended
 from tandem.gateway.answer import Answer, Piece
-from tandem.models.tokenizer import EOS_ID
+from tandem.gateway.tools import CALL_BEGIN, CALLS_BEGIN, CALLS_END, ToolFormat, closing, opening
+from tandem.gateway.wire import joined_calls
+from tandem.models.tokenizer import EOS, EOS_ID
 
 THOUGHT = "I think 日本\n</think>\n\nIt is 😀 so.\nEND of it"
 
@@ -73,3 +75,81 @@ def test_chunks_make_no_difference(cuts: list[int], stop: str) -> None:
     borders = [0, *sorted(min(cut, len(ids)) for cut in cuts), len(ids)]
     chunks = [ids[a:b] for a, b in pairwise(borders)]
     assert run(answer(stop), chunks) == run(answer(stop), [ids])
+
+
+CALLED = (
+    "Let me see.</think>\n\nI look.\n"
+    + CALLS_BEGIN
+    + opening("f", ToolFormat.R1)
+    + '{"END": 1}'
+    + closing(ToolFormat.R1)
+)
+
+
+def tools(*stops: str, parallel: bool = True) -> Answer:
+    return Answer(vocabulary(), stops=stops, chat=True, thinking=True, tools=ToolFormat.R1, parallel=parallel)
+
+
+def joined(pieces: list[Piece]) -> Piece:
+    whole = Piece()
+    for piece in pieces:
+        whole = whole + piece
+    return whole
+
+
+def test_reasoning_content_and_calls_come_apart() -> None:
+    made = tools()
+    piece = made.feed(ids_of(CALLED + CALLS_END)) + made.end()
+    assert (piece.reasoning, piece.content) == ("Let me see.", "I look.")
+    assert joined_calls(piece.tools)[0]["function"] == {"name": "f", "arguments": '{"END": 1}'}
+    assert made.reason("stop") == "tool_calls"
+    assert made.reason("length") == "length"
+
+
+def test_stop_strings_do_not_end_the_arguments_of_a_call() -> None:
+    made = tools("END")
+    piece = made.feed(ids_of(CALLED + CALLS_END + "\nEND")) + made.end()
+    assert joined_calls(piece.tools)[0]["function"]["arguments"] == '{"END": 1}'
+    assert made.stopped
+
+
+def test_a_stop_string_before_a_call_ends_the_answer() -> None:
+    made = tools("look")
+    piece = made.feed(ids_of(CALLED)) + made.end()
+    assert (piece.content, piece.tools, made.reason("stop")) == ("I ", [], "stop")
+
+
+def test_one_call_is_enough_where_no_more_is_wanted() -> None:
+    made, ids = tools(parallel=False), ids_of(CALLED + "\n" + CALLED)
+    piece = made.feed(ids)
+    assert made.stopped
+    assert len(piece.ids) < len(ids)
+    assert made.reason("length") == "tool_calls"
+    assert len(joined_calls(piece.tools)) == 1
+
+
+def test_the_stop_string_itself_is_shown_when_asked_for() -> None:
+    made = Answer(vocabulary(), stops=("END",), chat=False, thinking=False, include_stop=True)
+    assert run(made, [[token] for token in ids_of("the END of")])[1] == "the END"
+
+
+def test_special_tokens_are_shown_when_asked_for() -> None:
+    made = Answer(vocabulary(), stops=(), chat=False, thinking=False, special_tokens=True)
+    assert run(made, [[*ids_of("a"), EOS_ID, *ids_of("b")]])[1] == f"a{EOS}b"
+
+
+@given(
+    cuts=st.lists(st.integers(0, 80)),
+    stop=st.sampled_from(["look", "END", "\n", "see", "nowhere"]),
+    parallel=st.booleans(),
+)
+def test_chunks_make_no_difference_to_calls(cuts: list[int], stop: str, parallel: bool) -> None:
+    ids = ids_of(CALLED + "\n" + CALLED[CALLED.index(CALL_BEGIN) :] + CALLS_END + "\nEND of it")
+    borders = [0, *sorted(min(place, len(ids)) for place in cuts), len(ids)]
+    one, other = tools(stop, parallel=parallel), tools(stop, parallel=parallel)
+    many = joined([one.feed(ids[a:b]) for a, b in pairwise(borders)] + [one.end()])
+    once = other.feed(ids) + other.end()
+    assert (many.reasoning, many.content, many.ids) == (once.reasoning, once.content, once.ids)
+    assert [call["function"] for call in joined_calls(many.tools)] == [
+        call["function"] for call in joined_calls(once.tools)
+    ]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tandem.gateway.detokenize import Detokenizer, Vocabulary
 from tandem.gateway.model_card import ModelError
+from tandem.gateway.tools import SEP
 from tandem.models.tokenizer import EOS_ID, VOCAB_SIZE
 
 
@@ -66,3 +67,23 @@ def test_a_tokenizer_of_another_kind_is_refused() -> None:
     other = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
     with pytest.raises(ModelError, match="only ByteLevel"):
         Vocabulary(other)
+
+
+@given(st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=60))
+def test_shown_special_tokens_read_as_the_tokenizer_reads_them(ids: list[int]) -> None:
+    stream = Detokenizer(vocabulary(), special_tokens=True)
+    assert "".join([*map(stream.feed, ids), stream.end()]) == inner().decode(ids, skip_special_tokens=False)
+
+
+def test_a_character_that_is_not_complete_is_known() -> None:
+    stream, known = Detokenizer(vocabulary()), []
+    for token in ids_of("a😀"):
+        stream.feed(token)
+        known.append(stream.partial)
+    assert known == [False, *[True] * (len(known) - 2), False]
+
+
+def test_tool_markers_stay_even_if_the_tokenizer_hides_them() -> None:
+    hidden = tokenizers.Tokenizer.from_str(inner().to_str())
+    hidden.add_special_tokens([SEP])
+    assert Vocabulary(hidden).of(hidden.token_to_id(SEP)) == SEP.encode()

@@ -13,7 +13,7 @@ from engine_standin import Engine, Script, engine
 
 from tandem.core.pair_events import FailureKind
 from tandem.core.types import DpLoad
-from tandem.engine.client import Ended, EngineClient, EngineError
+from tandem.engine.client import Ended, EngineClient, EngineError, Logprob, TokenChunk
 
 
 @pytest.fixture
@@ -177,6 +177,57 @@ async def test_a_stream_that_makes_no_sense_is_broken(client: EngineClient, answ
 async def test_a_connection_that_breaks_off_is_noticed(client: EngineClient, answer: bytes, kind: FailureKind) -> None:
     async with server_of(answer, close=True) as url:
         assert (await failure(client, url)).failure.kind in (kind, FailureKind.BROKEN)
+
+
+def scored(ids: list[int], total: int, tops: str = "null", finish: str = "null") -> bytes:
+    values = json.dumps([[-0.5, token, None] for token in ids])
+    meta = f'{{"completion_tokens":{total},"finish_reason":{finish},"output_token_logprobs":{values}'
+    return f'data: {{"output_ids":{json.dumps(ids)},"meta_info":{meta},"output_top_logprobs":{tops}}}}}\n\n'.encode()
+
+
+DONE = '{"type":"length"}'
+
+
+async def chunks(client: EngineClient, answer: bytes) -> list[TokenChunk]:
+    async with server_of(HEAD % len(answer) + answer) as url:
+        stream = await client.generate(url, body(), first_byte_s=2, stall_s=2)
+        found = [chunk async for chunk in stream]
+        stream.close()
+        return found
+
+
+async def test_logprobs_come_with_their_tokens(client: EngineClient) -> None:
+    top = "[[[-0.25, 9, null], [null, 5, null]], null]"
+    answer = scored([5, 6], 2, top) + scored([7], 3, "[[[-0.5, 7, null]]]", DONE)
+    found = [one for chunk in await chunks(client, answer) for one in chunk.logprobs or []]
+    assert found == [
+        Logprob(-0.5, 5, [(-0.25, 9), (float("-inf"), 5)]),
+        Logprob(-0.5, 6, []),
+        Logprob(-0.5, 7, [(-0.5, 7)]),
+    ]
+
+
+async def test_logprobs_that_are_told_again_count_once(client: EngineClient) -> None:
+    answer = scored([5], 1) + scored([5, 6], 2, finish=DONE)
+    found = [one.token for chunk in await chunks(client, answer) for one in chunk.logprobs or []]
+    assert found == [5, 6]
+
+
+async def test_without_logprobs_there_are_none(client: EngineClient) -> None:
+    assert [chunk.logprobs for chunk in await chunks(client, GOOD)] == [None]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        scored([5], 1).replace(b"[-0.5, 5,", b"[-0.5, 6,") + scored([6], 2, finish=DONE),
+        scored([5, 6], 2, "[[]]", DONE),
+        scored([5], 1) + event([6], 2, DONE),
+    ],
+)
+async def test_logprobs_that_fit_no_token_are_refused(client: EngineClient, answer: bytes) -> None:
+    async with server_of(HEAD % len(answer) + answer) as url:
+        assert (await failure(client, url)).failure.kind is FailureKind.BROKEN
 
 
 async def test_a_server_that_never_answers_is_given_up(client: EngineClient) -> None:

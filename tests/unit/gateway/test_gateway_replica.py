@@ -33,7 +33,7 @@ class Place:
     engines: list[Engine]
 
     def replica(self, fleet: str = "t", **gateway: Any) -> GatewayReplica:
-        config = FleetConfig(name=fleet, gateway={"port": 0, **gateway})  # type: ignore[arg-type]
+        config = FleetConfig(name=fleet, gateway={"port": 0, "grpc_port": 0, **gateway})  # type: ignore[arg-type]
         return GatewayReplica(config, model_path=self.folder / "tiny", folder=self.folder)
 
     async def announce(self, state: GroupState = GroupState.READY) -> None:

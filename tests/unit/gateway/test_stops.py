@@ -44,3 +44,19 @@ def test_the_cut_makes_no_difference(text: str, stops: list[str]) -> None:
 def test_text_that_cannot_become_a_stop_is_not_held_back() -> None:
     assert StopMatcher(["###"]).feed("hello") == "hello"
     assert StopMatcher(["###"]).feed("hello##") == "hello"
+
+
+def test_the_stop_string_may_go_out_too() -> None:
+    matcher = StopMatcher(["END"], include=True)
+    assert [matcher.feed(piece) for piece in ("a E", "ND b", "c")] == ["a ", "END", ""]
+    assert (matcher.stopped, matcher.cut) == (True, 2)
+
+
+@given(text=st.text("ab\n", max_size=30), stops=STOPS)
+def test_what_is_out_held_and_cut_is_all_there_was(text: str, stops: list[str]) -> None:
+    matcher, out, fed = StopMatcher(stops), 0, 0
+    for letter in text:
+        if matcher.stopped:
+            break
+        out, fed = out + len(matcher.feed(letter)), fed + 1
+        assert out + matcher.held + matcher.cut == fed

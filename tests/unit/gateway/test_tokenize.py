@@ -11,6 +11,7 @@ from gateway_model import ids_of, inner, model_folder, tokenizer
 from tandem.gateway.chat_template import ChatTemplate, TemplateRefusal, load_template
 from tandem.gateway.model_card import ModelError, load_card
 from tandem.gateway.tokenize import Tokenizer
+from tandem.gateway.tools import ToolFormat
 from tandem.models.tokenizer import BOS, BOS_ID
 
 
@@ -57,3 +58,50 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
     with pytest.raises(ModelError, match=r"config\.json"):
         load_card(tmp_path)
+
+
+HELLO = [{"role": "user", "content": "U"}]
+THINKING = f"{BOS}<｜User｜>U<｜Assistant｜><think>\n"
+
+
+def test_thinking_that_is_not_wanted_is_closed_at_once() -> None:
+    prompt = tokenizer().chat(HELLO, thinking=False)
+    assert prompt.ids == ids_of(f"{BOS}<｜User｜>U<｜Assistant｜><think>\n\n</think>\n\n")
+    assert not prompt.thinking
+
+
+def test_a_template_that_can_do_both_is_told() -> None:
+    template = ChatTemplate("{{ '<think>' if thinking is defined and thinking else '</think>' }}", {})
+    made = Tokenizer(inner(), template)
+    assert [made.chat(HELLO, thinking=mode).thinking for mode in (True, False, None)] == [True, False, False]
+    assert made.chat(HELLO, thinking=False).ids == ids_of("</think>")
+
+
+@pytest.mark.parametrize(
+    ("begun", "text", "thinking"),
+    [
+        ({"content": "So"}, "\n</think>\n\nSo", False),
+        ({"content": "So", "reasoning_content": "I think"}, "I think\n</think>\n\nSo", False),
+        ({"content": "", "reasoning_content": "I think"}, "I think", True),
+    ],
+)
+def test_an_answer_that_is_begun_goes_on(begun: dict[str, str], text: str, thinking: bool) -> None:
+    prompt = tokenizer().chat([*HELLO, {"role": "assistant", **begun}], prefix=True)
+    assert prompt == (ids_of(THINKING + text), thinking)
+
+
+TOOL = {"type": "function", "function": {"name": "now"}}
+
+
+def test_a_template_without_a_place_for_tools_has_them_in_a_system_message() -> None:
+    bare = ChatTemplate("{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}", {})
+    found = inner().decode(Tokenizer(inner(), bare).chat(HELLO, [TOOL]).ids, skip_special_tokens=False)
+    assert found.startswith("[system]## Tools")
+    assert '{"name": "now"}' in found
+    assert found.endswith("[user]U")
+
+
+def test_a_template_with_one_lists_them_itself() -> None:
+    found = inner().decode(tokenizer().chat(HELLO, [TOOL]).ids, skip_special_tokens=False)
+    assert found.count("## Tools") == 1
+    assert tokenizer().tool_format is ToolFormat.R1

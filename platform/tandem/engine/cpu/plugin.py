@@ -31,7 +31,7 @@ def active() -> bool:
 
 def hooks() -> tuple[Hook, ...]:
     """Every hook of the CPU engine."""
-    from tandem.engine.cpu import collectives, dispatcher, experts, forward_count, idle, processes
+    from tandem.engine.cpu import collectives, dispatcher, experts, forward_count, idle, processes, seeds
 
     group = "sglang.srt.distributed.parallel_state.GroupCoordinator"
     managers = "sglang.srt.managers"
@@ -52,6 +52,10 @@ def hooks() -> tuple[Hook, ...]:
         Hook(
             f"{managers}.data_parallel_controller.DataParallelController.event_loop", idle.wait_for_requests, "around"
         ),
+        Hook(
+            "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch", seeds.keep_seeds, "around"
+        ),
+        Hook("sglang.srt.layers.sampler.Sampler._sample_from_probs", seeds.sample_by_seed, "around"),
         Hook(f"{managers}.load_snapshot.shm_path_for", processes.load_file, "around"),
         Hook("sglang.srt.entrypoints.engine._set_envs_and_config", processes.fork_children, "after"),
     )

@@ -1,0 +1,202 @@
+"""One request from its arrival to its end, whatever that is; it is accounted for once."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from tandem.core.tenants import ANONYMOUS
+from tandem.core.usage import UsageRecord
+from tandem.gateway.admission import Ask, Permit
+from tandem.gateway.auth import Identity, check_model
+from tandem.gateway.endpoints import Endpoint
+from tandem.gateway.errors import ApiError
+from tandem.gateway.exchange import ClientLeft
+from tandem.gateway.reply import Reply
+from tandem.gateway.requests import Wanted
+from tandem.gateway.wire import Writer
+
+if TYPE_CHECKING:
+    from tandem.gateway.service import Body, Prepared, Service
+
+CLIENT_CLOSED = 499
+"""nginx's status, in the log, for a request whose client has left."""
+RATE_LIMITED = 429
+
+
+class Asked:
+    """A request. `identify`, then `begin`, then read the reply; `close` it in the end, exactly once."""
+
+    def __init__(
+        self,
+        service: Service,
+        endpoint: Endpoint,
+        *,
+        headers: Mapping[bytes, bytes],
+        certificate: Mapping[str, Any] | None,
+        request_id: str,
+        arrived: float,
+        deadline: float | None = None,
+    ) -> None:
+        """`arrived` and `deadline` on the loop's clock; no deadline = the gateway's own time-out."""
+        self.endpoint = endpoint
+        self.identity = Identity(ANONYMOUS)
+        self.request_id = request_id
+        self.number = uuid.uuid4().hex
+        """The request's own name: in the pair table, in answers, in usage records."""
+        self.arrived = arrived
+        self.deadline = arrived + service.config.request_timeout_s
+        if deadline is not None:
+            self.deadline = min(self.deadline, deadline)
+        self.reply: Reply | None = None
+        self.prepared: Prepared | None = None
+        self.permit: Permit | None = None
+        self.trace = service.tracing.request(headers)
+        self._headers = headers
+        self._certificate = certificate
+        self._service = service
+        self._closed = False
+        service.metrics.in_flight.inc()
+
+    @property
+    def wanted(self) -> Wanted:
+        assert self.prepared is not None, "asked for only after the request was prepared"
+        return self.prepared.wanted
+
+    @property
+    def session(self) -> str:
+        """Requests of one session begin alike, and go where their prefix is."""
+        named = self._headers.get(b"x-session-id", b"")
+        return self.wanted.session or named.decode("latin-1")
+
+    async def identify(self) -> None:
+        """Find out who asks. Raises ApiError."""
+        self.identity = await self._service.authenticator.identify(self._headers, self._certificate)
+
+    async def begin(self, body: Body) -> Reply:
+        """Everything up to the engines. Raises ApiError, ClientLeft."""
+        service, trace = self._service, self.trace
+        tenant = self.identity.tenant
+        with trace.phase("tokenize"):
+            self.prepared = prepared = await service.prepare(self.endpoint, body)
+        wanted = prepared.wanted
+        check_model(tenant, wanted.model)
+        trace.describe(self.endpoint.operation, wanted.model, tandem__tenant=tenant.name)
+        ask = Ask(
+            tenant=tenant,
+            request=self.number,
+            input_tokens=sum(len(prompt.ids) for prompt in prepared.prompts),
+            max_output_tokens=prepared.limit * wanted.choices,
+            priority=wanted.priority or tenant.priority,
+            deadline=min(self.deadline, self.arrived + service.queue_s),
+        )
+        with trace.phase("admission"):
+            self.permit = await service.admission.enter(ask)
+        self.reply = service.submit(self, prepared)
+        return self.reply
+
+    def writer(self) -> Writer:
+        """What turns this request's reply into bytes."""
+        assert self.prepared is not None
+        return self.endpoint.writer(self.wanted, self.number, self.prepared.prompt_ids, self._service.vocabulary)
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """What the client is told of its limits."""
+        return [] if self.permit is None else self.permit.headers()
+
+    def leave(self) -> None:
+        """Nobody waits for it any more."""
+        if self.reply is not None:
+            self.reply.leave()
+
+    def close(self, error: BaseException | None) -> None:
+        """It is over: complete, or with this error."""
+        if self._closed:
+            return
+        self._closed = True
+        self.leave()
+        record = self._record(outcome_of(error))
+        if self.permit is not None:
+            self.permit.leave(record.completion_tokens)
+        service = self._service
+        service.metrics.in_flight.dec()
+        tenant = service.metrics.tenant(record.tenant)
+        if self.permit is None and isinstance(error, ApiError) and error.status != RATE_LIMITED:
+            # Admission counts its own refusals, and knows more of them.
+            tenant.refused(record.outcome)
+        if self.reply is not None:
+            tenant.usage(
+                cached=record.cached_tokens, completion=record.completion_tokens, reasoning=record.reasoning_tokens
+            )
+        tenant.done(self.endpoint.name, record.outcome, record.seconds)
+        service.meter.record(record)
+        self._log(record, error)
+        self.trace.end(
+            record.outcome,
+            prompt_tokens=record.prompt_tokens,
+            cached_tokens=record.cached_tokens,
+            completion_tokens=record.completion_tokens,
+            reasoning_tokens=record.reasoning_tokens,
+        )
+
+    def _record(self, outcome: str) -> UsageRecord:
+        service, reply = self._service, self.reply
+        now = asyncio.get_running_loop().time()
+        used = reply.so_far() if reply is not None else None
+        tickets = [run.ticket for run in reply.runs] if reply is not None else []
+        first = reply.first if reply is not None else None
+        wanted = self.prepared.wanted if self.prepared is not None else None
+        return UsageRecord(
+            id=self.number,
+            at=time.time(),
+            model=service.card.name,
+            tenant=self.identity.tenant.name,
+            key=self.identity.key,
+            weight_version=next((one.ended.weight_version for one in tickets if one.ended is not None), ""),
+            endpoint=self.endpoint.name,
+            stream=wanted.stream if wanted is not None else False,
+            prompt_tokens=used.prompt if used is not None else 0,
+            cached_tokens=used.cached if used is not None else 0,
+            completion_tokens=used.completion if used is not None else 0,
+            reasoning_tokens=used.reasoning if used is not None else 0,
+            choices=wanted.choices if wanted is not None else 1,
+            seconds=now - self.arrived,
+            ttft_seconds=None if first is None else first - self.arrived,
+            outcome=outcome,
+            attempts=sum(ticket.attempts for ticket in tickets),
+            user=wanted.user if wanted is not None else "",
+            replica=service.replica,
+            priority=self.permit.priority.value if self.permit is not None else "",
+        )
+
+    def _log(self, record: UsageRecord, error: BaseException | None) -> None:
+        service = self._service
+        pair = next((run.ticket.pair for run in self.reply.runs if run.ticket.pair), None) if self.reply else None
+        status = 200 if error is None else CLIENT_CLOSED if record.outcome == "client_gone" else 500
+        prompt = None
+        if service.log.log_prompts and self.prepared is not None:
+            prompt = "\n".join(service.tokenizer.decode(ids) for ids in self.prepared.prompt_ids)
+        service.log.write(
+            record,
+            status=error.status if isinstance(error, ApiError) else status,
+            request_id=self.request_id,
+            error=error.message if isinstance(error, ApiError) else "",
+            prefill=f"{pair.prefill.group}/{pair.prefill.dp_rank}" if pair else "",
+            decode=f"{pair.decode.group}/{pair.decode.dp_rank}" if pair else "",
+            trace_id=self.trace.trace_id,
+            prompt=prompt,
+        )
+
+
+def outcome_of(error: BaseException | None) -> str:
+    """How a request that ended so is counted."""
+    if error is None:
+        return "ok"
+    if isinstance(error, ApiError):
+        return error.code or error.type
+    if isinstance(error, ClientLeft | asyncio.CancelledError):
+        return "client_gone"
+    return "internal_error"

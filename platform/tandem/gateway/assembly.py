@@ -1,0 +1,230 @@
+"""Puts the parts of one gateway replica together, on its event loop, and takes them apart again."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import socket
+from collections.abc import Coroutine
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from tandem.config import FleetConfig
+from tandem.core.layout import CPU_KV_TOKENS
+from tandem.core.types import Role
+from tandem.engine.client import EngineClient
+from tandem.gateway import tls
+from tandem.gateway.admission import Admission
+from tandem.gateway.app import App
+from tandem.gateway.auth import Authenticator
+from tandem.gateway.detokenize import Vocabulary
+from tandem.gateway.fleet_view import FleetView
+from tandem.gateway.grpc_front import ServiceAnswers
+from tandem.gateway.grpc_server import GrpcServer
+from tandem.gateway.http_server import HttpServer
+from tandem.gateway.keys import KeyRing
+from tandem.gateway.logs import RequestLog
+from tandem.gateway.metering import Meter, make_meter
+from tandem.gateway.metric_observer import AdmissionMetrics
+from tandem.gateway.metrics import Metrics
+from tandem.gateway.model_card import load_card
+from tandem.gateway.oidc import TokenVerifier
+from tandem.gateway.pages import Pages
+from tandem.gateway.pairs import PairDriver
+from tandem.gateway.service import Service
+from tandem.gateway.shared_limits import open_limits
+from tandem.gateway.tokenize import Tokenizer
+from tandem.gateway.tracing import Tracing
+from tandem.state import Store, open_store
+
+log = logging.getLogger(__name__)
+
+BACKLOG = 4096
+
+
+class Setting(msgspec.Struct, frozen=True, kw_only=True):
+    """What one replica is told."""
+
+    config: FleetConfig
+    model_path: Path
+    store_url: str
+    folder: Path
+    """Where the embedded store's file lives."""
+    replica: str
+
+
+class Gateway:
+    """All parts of one replica. `open` it, `listen`, `stop`; whatever fails meanwhile ends `tasks`."""
+
+    def __init__(self, setting: Setting, stack: AsyncExitStack) -> None:
+        self._setting = setting
+        self._stack = stack
+        self.tasks: list[asyncio.Task[None]] = []
+        """What goes on by itself for as long as the replica lives; none of them ends well by itself."""
+        self._grpc: GrpcServer | None = None
+
+    async def open(self) -> None:
+        """Make the parts. Raises StoreError, ModelError, TlsError, SinkError, IssuerDown: each says what to do."""
+        setting, stack, config = self._setting, self._stack, self._setting.config
+        self.store: Store = await open_store(setting.store_url, fleet=config.name, folder=setting.folder)
+        stack.push_async_callback(self.store.close)
+        client = EngineClient()
+        stack.push_async_callback(client.close)
+        self.metrics = Metrics()
+        self.driver = PairDriver(client, self.metrics)
+        self._view = FleetView(self.store, self.driver, on_change=self._fleet_changed)
+        self._admission = await self._make_admission()
+        await self._view.load()
+        self._go(self._view.follow(), "fleet-view")
+        self._context = None
+        if config.gateway.tls is not None:
+            self._context = tls.server_ssl_context(config.gateway.tls)
+            self._go(tls.follow(self._context, config.gateway.tls), "tls")
+        service = await self._make_service()
+        pages = Pages(setting.replica, config.name, service, self._view.snapshot)
+        self._http = HttpServer(App(service, pages))
+        answers = ServiceAnswers(service, lambda: self._view.snapshot().model_version)
+        self._grpc = GrpcServer(
+            answers,
+            shortage=self._shortage,
+            longest_s=config.gateway.request_timeout_s,
+            max_request_bytes=config.gateway.max_body_bytes,
+        )
+        self._fleet_changed()
+
+    async def listen(self, listener: socket.socket) -> int:
+        """Answer HTTP on the bound socket, and gRPC; returns the port of the latter. Raises OSError."""
+        assert self._grpc is not None, "it listens only after it was opened"
+        gateway = self._setting.config.gateway
+        credentials = None if gateway.tls is None else tls.grpc_server_credentials(gateway.tls)
+        port = await self._grpc.start(
+            gateway.host, gateway.grpc_port, credentials=credentials, share_port=gateway.replicas > 1
+        )
+        await self._http.start(listener, backlog=BACKLOG, tls=self._context)
+        return port
+
+    async def stop(self, grace: float) -> None:
+        """Let requests end for `grace` seconds, then end the rest."""
+        assert self._grpc is not None, "it is stopped only after it was opened"
+        grpc = asyncio.create_task(self._grpc.stop(grace))
+        if not await self._http.stop(grace):
+            self.driver.withdraw_all()
+            await self._http.stop(5)
+        self._http.abort()
+        await grpc
+        await self.driver.drain(within=1.0)
+        for task in self.tasks:
+            task.cancel()
+        if self.tasks:
+            await asyncio.wait(self.tasks, timeout=5)
+
+    async def _make_admission(self) -> Admission:
+        setting, wanted = self._setting, self._setting.config.admission
+        limits = open_limits(
+            setting.store_url, fleet=setting.config.name, replica=setting.replica, replicas=self._replicas
+        )
+        admission = Admission(limits, max_waiting=wanted.max_waiting, observer=AdmissionMetrics(self.metrics))
+        await admission.start()
+        self._stack.push_async_callback(admission.close)
+        return admission
+
+    async def _make_service(self) -> Service:
+        setting, config = self._setting, self._setting.config
+        card = load_card(setting.model_path, config.model.name, self._smallest_pool())
+        tokenizer = Tokenizer.load(setting.model_path)
+        seen = config.observability
+        tracing = Tracing(
+            seen.otlp_endpoint,
+            sample_ratio=seen.sample_ratio,
+            follow_client=seen.follow_client,
+            fleet=config.name,
+            replica=setting.replica,
+            on_drop=self.metrics.spans_dropped.inc,
+        )
+        self._stack.push_async_callback(tracing.close)
+        service = Service(
+            config.gateway,
+            card,
+            tokenizer,
+            Vocabulary(tokenizer.inner),
+            self.driver,
+            self.metrics,
+            authenticator=await self._make_authenticator(),
+            admission=self._admission,
+            meter=await self._make_meter(),
+            tracing=tracing,
+            log=RequestLog(log_prompts=seen.log_prompts),
+            queue_s=config.admission.queue_s,
+            replica=setting.replica,
+        )
+        self._stack.callback(service.close)
+        self.metrics.model(card.name, config.model.version)
+        return service
+
+    async def _make_authenticator(self) -> Authenticator:
+        config = self._setting.config
+        keys = KeyRing(self.store)
+        self._go(keys.follow(), "keys")
+        await keys.loaded()
+        tokens = None
+        if config.oidc is not None:
+            tokens = TokenVerifier(config.oidc)
+            self._stack.push_async_callback(tokens.close)
+        return Authenticator(config, keys, tokens)
+
+    async def _make_meter(self) -> Meter:
+        setting, wanted = self._setting, self._setting.config.metering
+        meter = make_meter(
+            self.metrics,
+            sink=wanted.sink,
+            folder=wanted.folder or setting.folder.parent / "usage",
+            replica=setting.replica,
+            fleet=setting.config.name,
+            store_url=setting.store_url,
+            rotate_bytes=wanted.rotate_bytes,
+            retention_days=wanted.retention_days,
+            fsync_s=wanted.fsync_s,
+            stream_records=wanted.stream_records,
+            spool_bytes=wanted.spool_bytes,
+        )
+        await meter.start()
+        self._stack.push_async_callback(meter.close)
+        return meter
+
+    def _fleet_changed(self) -> None:
+        """What this replica may run follows the groups that are ready, and how many replicas share them."""
+        wanted, ranks = self._setting.config.admission, dict.fromkeys(Role, 0)
+        for group in self._view.snapshot().groups:
+            if group.routable:
+                ranks[group.role] += max(1, group.dp_size)
+        # With no group ready, requests are told so at once, by the router.
+        if all(ranks.values()):
+            self._admission.set_capacity(
+                math.ceil(ranks[Role.DECODE] * wanted.running_per_decode_rank / self._replicas()),
+                math.ceil(ranks[Role.PREFILL] * wanted.tokens_per_prefill_rank / self._replicas()),
+            )
+        else:
+            self._admission.set_capacity(None)
+        if self._grpc is not None:
+            self._grpc.health_changed()
+
+    def _replicas(self) -> int:
+        return max(1, len(self._view.snapshot().gateways))
+
+    def _shortage(self) -> str | None:
+        found = self.driver.router.shortage()
+        return None if found is None else found.reason
+
+    def _smallest_pool(self) -> int | None:
+        """KV tokens of the DP ranks with the fewest; None where SGLang measures a GPU's memory itself."""
+        config = self._setting.config
+        on_cpu = CPU_KV_TOKENS if config.device == "cpu" else None
+        pools = [pool.max_total_tokens or on_cpu for pool in (config.prefill, config.decode)]
+        return min((tokens for tokens in pools if tokens), default=None)
+
+    def _go(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        self.tasks.append(asyncio.create_task(work, name=name))

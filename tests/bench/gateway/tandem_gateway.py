@@ -1,0 +1,69 @@
+"""Tandem's gateway replica in a process of its own, without Ray; the store has the groups a controller would write.
+
+It prints its URL as a JSON line and runs until its standard input ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import sys
+from pathlib import Path
+
+import msgspec
+
+from tandem.config import FleetConfig
+from tandem.core.types import Group, GroupState, Role
+from tandem.gateway.replica import GatewayReplica
+from tandem.state import open_store
+
+
+def groups(urls: dict[str, list[str]]) -> list[Group]:
+    """The stand-ins as groups of a fleet."""
+    return [
+        Group(
+            group=f"{role}-{number}",
+            role=Role(role),
+            epoch=1,
+            state=GroupState.READY,
+            url=url,
+            bootstrap_host="127.0.0.1",
+            bootstrap_port=8998,
+        )
+        for role in ("prefill", "decode")
+        for number, url in enumerate(urls[role])
+    ]
+
+
+async def _announce(folder: Path, found: list[Group]) -> None:
+    store = await open_store("embedded", fleet="bench", folder=folder)
+    try:
+        for group in found:
+            await store.put(f"groups/{group.group}", msgspec.json.encode(group))
+    finally:
+        await store.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="checkpoint folder")
+    parser.add_argument("--folder", type=Path, required=True, help="where the store's file goes")
+    parser.add_argument("--urls", required=True, help="JSON: the stand-ins' URLs by role")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    asyncio.run(_announce(options.folder, groups(json.loads(options.urls))))
+    pool = {"max_total_tokens": 10**7}
+    config = FleetConfig.model_validate(
+        {"name": "bench", "gateway": {"port": 0, "grpc_port": 0}, "model": {"name": "standin"}, "prefill": pool, "decode": pool}
+    )
+    replica = GatewayReplica(config, model_path=options.model, folder=options.folder)
+    record = replica.start()
+    print(json.dumps(record.url), flush=True)
+    sys.stdin.read()
+    replica.stop(grace=0)
+
+
+if __name__ == "__main__":
+    main()

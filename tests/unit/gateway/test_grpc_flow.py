@@ -1,0 +1,83 @@
+"""A gRPC call through the whole gateway, beside the same request over HTTP; engines stand in on real sockets."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+
+import pytest
+from engine_standin import Script
+from gateway_world import World, world
+
+from tandem.client import AsyncClient, InvalidRequest, NotFound
+from tandem.gateway.grpc_front import ServiceAnswers
+from tandem.gateway.grpc_server import GrpcServer
+
+WITHIN_S = 20.0
+
+
+@contextlib.asynccontextmanager
+async def both() -> AsyncIterator[tuple[World, AsyncClient]]:
+    """A gateway that listens for HTTP and for gRPC."""
+    async with world("p0", "d0") as http:
+        answers = ServiceAnswers(http.service, lambda: "7")
+        server = GrpcServer(answers, shortage=lambda: None, longest_s=60, max_request_bytes=2**20)
+        port = await server.start("127.0.0.1", 0)
+        try:
+            async with AsyncClient(f"127.0.0.1:{port}", model="tiny", timeout=WITHIN_S) as client:
+                yield http, client
+        finally:
+            await server.stop(grace=0)
+
+
+async def test_a_continuation_is_the_one_that_http_gives() -> None:
+    async with both() as (http, client):
+        wanted = (await http.complete(max_tokens=6, return_token_ids=True)).json()
+        whole = await client.generate([5, 6], max_tokens=6, return_token_ids=True)
+        stream = client.generate_stream([5, 6], max_tokens=6, return_token_ids=True)
+        pieces = [piece async for piece in stream]
+    assert whole.text == wanted["choices"][0]["text"] == "".join(piece.text for piece in pieces) != ""
+    assert list(whole.token_ids) == wanted["choices"][0]["token_ids"]
+    assert whole.finish_reason == wanted["choices"][0]["finish_reason"]
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (2, wanted["usage"]["completion_tokens"])
+    assert stream.answer is not None
+    assert (stream.answer.usage, stream.answer.choices) == (whole.usage, whole.choices)
+    assert (whole.weight_version, whole.prompt_token_ids, whole.id[:5]) == ("7", (5, 6), "cmpl-")
+
+
+async def test_a_chat_is_the_one_that_http_gives() -> None:
+    async with both() as (http, client):
+        message = (await http.chat(max_tokens=12)).json()["choices"][0]["message"]
+        whole = await client.chat([{"role": "user", "content": "hi"}], max_tokens=12)
+        stream = client.chat_stream([{"role": "user", "content": "hi"}], max_tokens=12)
+        pieces = [piece async for piece in stream]
+    assert whole.text == (message["content"] or "") == "".join(piece.text for piece in pieces)
+    assert whole.reasoning == message.get("reasoning_content", "") == "".join(piece.reasoning for piece in pieces)
+    assert whole.text + whole.reasoning != ""
+
+
+async def test_a_large_prompt_is_answered_as_a_small_one() -> None:
+    async with both() as (_, client):
+        assert (await client.generate("word " * 1500, max_tokens=2)).usage.prompt_tokens > 1000
+
+
+async def test_a_wrong_field_is_refused_in_the_words_of_http() -> None:
+    async with both() as (http, client):
+        wanted = (await http.complete(temperature=2.5)).json()["error"]
+        with pytest.raises(InvalidRequest) as caught:
+            await client.generate([5, 6], temperature=2.5)
+        with pytest.raises(NotFound):
+            await client.generate("a", model="other")
+        assert (caught.value.message, caught.value.param) == (wanted["message"], wanted["param"])
+        assert http.metric("tandem_requests_in_flight") == 0
+
+
+async def test_a_client_that_leaves_ends_both_legs() -> None:
+    async with both() as (http, client):
+        http.engines["d0"].default = Script(finish=None)
+        stream = client.generate_stream([5, 6], max_tokens=1000, return_token_ids=True)
+        await anext(stream)
+        assert http.engines["d0"].running
+        stream.close()
+        await http.quiet()
+        assert http.engines["d0"].aborted

@@ -1,0 +1,174 @@
+"""Every expression of the Grafana dashboard asks for metrics and labels that exist."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from prometheus_client import Counter, Gauge
+
+from tandem.engine.cpu import counters
+from tandem.gateway.metric_types import Histogram
+from tandem.gateway.metrics import Metrics
+
+DASHBOARD = Path(__file__).parents[2] / "helm" / "tandem" / "dashboards" / "gateway.json"
+TARGET_LABELS = {"instance", "job"}
+"""What Prometheus adds to everything that it scrapes."""
+FUNCTIONS = {"histogram_quantile", "sum", "rate", "max", "count"}
+WORDS = {"by", "and", "on"}
+
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
+_SELECTOR = re.compile(r"([a-zA-Z_:][\w:]*)\s*\{([^}]*)\}")
+_MATCHER = re.compile(r"\s*(\w+)\s*(?:=~|!~|!=|=)\s*S\s*,?")
+_LABEL_LIST = re.compile(r"\b(?:by|on)\s*\(([^)]*)\)")
+_RANGE = re.compile(r"\[\$__rate_interval\]")
+_NAME = re.compile(r"(?<![\w:.])([a-zA-Z_:][\w:]*)(\s*\()?")
+
+
+class Asked(NamedTuple):
+    """What an expression asks for."""
+
+    metrics: set[str]
+    matched: dict[str, set[str]]
+    """Labels that are matched, by metric."""
+    grouped: set[str]
+    """Labels that are grouped by."""
+    functions: set[str]
+
+
+def asked(expression: str) -> Asked:
+    bare = _STRING.sub("S", expression)
+    matched: dict[str, set[str]] = {}
+    for metric, inside in _SELECTOR.findall(bare):
+        assert _MATCHER.sub("", inside).strip() == "", f"cannot read the matchers {{{inside}}}"
+        matched.setdefault(metric, set()).update(_MATCHER.findall(inside))
+    bare = _SELECTOR.sub(r"\1", bare)
+    grouped = {label.strip() for labels in _LABEL_LIST.findall(bare) for label in labels.split(",")}
+    bare = _RANGE.sub("", _LABEL_LIST.sub("", bare))
+    assert not set(bare) & set("{}[]$"), f"cannot read {expression}"
+    names = _NAME.findall(bare)
+    return Asked(
+        {name for name, called in names if not called and name not in WORDS},
+        matched,
+        grouped,
+        {name for name, called in names if called and name not in WORDS},
+    )
+
+
+def offered() -> dict[str, set[str]]:
+    """The names of all samples that there can be, and their labels."""
+    metrics = Metrics()
+    found: dict[str, set[str]] = {}
+    for collector in [*vars(metrics).values(), *vars(counters).values()]:
+        if isinstance(collector, Histogram):
+            for suffix in ("bucket", "sum", "count"):
+                found[f"{collector.name}_{suffix}"] = {*collector._labels, *(["le"] if suffix == "bucket" else [])}
+        elif isinstance(collector, Counter):
+            found[f"{collector._name}_total"] = set(collector._labelnames)
+        elif isinstance(collector, Gauge):
+            found[collector._name] = set(collector._labelnames)
+    for family in metrics.registry.collect():
+        for sample in family.samples:
+            found.setdefault(sample.name, set()).update(sample.labels)
+    return found
+
+
+OFFERED = offered()
+
+
+def panels() -> Iterator[dict[str, Any]]:
+    yield from json.loads(DASHBOARD.read_text())["panels"]
+
+
+def targets() -> list[tuple[str, str, str]]:
+    """(panel, expression, legend)"""
+    return [
+        (panel["title"], target["expr"], target["legendFormat"])
+        for panel in panels()
+        for target in panel.get("targets", ())
+    ]
+
+
+def faults(expression: str, legend: str = "") -> list[str]:
+    """What the expression asks for in vain."""
+    wants = asked(expression)
+    found = [f"no metric {name}" for name in wants.metrics - OFFERED.keys()]
+    found += [f"no function {name}" for name in wants.functions - FUNCTIONS]
+    for metric in wants.metrics & OFFERED.keys():
+        labels = OFFERED[metric] | TARGET_LABELS
+        found += [f"{metric} has no {label}" for label in wants.matched.get(metric, set()) - labels]
+        found += [f"{metric} has no {label}" for label in wants.grouped - labels]
+    shown = set(re.findall(r"\{\{(\w+)\}\}", legend))
+    kept = wants.grouped if "sum" in wants.functions or "max" in wants.functions or wants.grouped else TARGET_LABELS
+    found += [f"the legend shows {label}, which is not grouped by" for label in shown - kept]
+    return found
+
+
+@pytest.mark.parametrize(("panel", "expression", "legend"), targets())
+def test_every_expression_asks_for_what_exists(panel: str, expression: str, legend: str) -> None:
+    assert faults(expression, legend) == []
+
+
+@pytest.mark.parametrize(
+    ("expression", "legend", "fault"),
+    [
+        ("sum(rate(tandem_request_total[$__rate_interval]))", "", "no metric tandem_request_total"),
+        ("sum(up)", "", "no metric up"),
+        ('sum(tandem_requests_total{tenant="a"})', "", "tandem_requests_total has no tenant"),
+        ("sum by (tenant) (tandem_requests_total)", "", "tandem_requests_total has no tenant"),
+        ("sum by (le) (tandem_queue_seconds_count)", "", "tandem_queue_seconds_count has no le"),
+        ("sum(tandem_requests_total)", "{{outcome}}", "the legend shows outcome, which is not grouped by"),
+        ("summ(tandem_requests_total)", "", "no function summ"),
+    ],
+)
+def test_an_expression_that_asks_for_more_is_found(expression: str, legend: str, fault: str) -> None:
+    assert fault in faults(expression, legend)
+
+
+def test_variables_ask_for_labels_that_exist() -> None:
+    variables = json.loads(DASHBOARD.read_text())["templating"]["list"]
+    queries = [one["query"]["query"] for one in variables if one["type"] == "query"]
+    assert queries
+    for query in queries:
+        found = re.fullmatch(r"label_values\((\w+), (\w+)\)", query)
+        assert found is not None
+        assert found[2] in OFFERED[found[1]]
+
+
+def test_every_metric_of_the_gateway_is_on_the_dashboard() -> None:
+    used = {name for _, expression, _ in targets() for name in asked(expression).metrics}
+    families = {name.removesuffix("_bucket") for name in used}
+    own = {name for name in OFFERED if name.startswith("tandem_") and not name.startswith("tandem_engine_")}
+    missing = {name for name in own if re.sub(r"_(bucket|sum|count)$", "", name) not in families}
+    assert missing == set()
+
+
+def test_panels_have_ids_of_their_own_and_do_not_overlap() -> None:
+    cells: dict[tuple[int, int], str] = {}
+    ids = [panel["id"] for panel in panels()]
+    assert len(set(ids)) == len(ids)
+    for panel in panels():
+        at = panel["gridPos"]
+        assert at["x"] + at["w"] <= 24
+        for x in range(at["x"], at["x"] + at["w"]):
+            for y in range(at["y"], at["y"] + at["h"]):
+                assert cells.setdefault((x, y), panel["title"]) == panel["title"]
+
+
+def test_the_rows_are_those_that_an_operator_looks_for() -> None:
+    rows = [panel["title"] for panel in panels() if panel["type"] == "row"]
+    assert rows == [
+        "Overview",
+        "Latency",
+        "Throughput",
+        "Queue and refusals",
+        "Tenants",
+        "Groups and pools",
+        "Retries, migrations, aborts",
+        "Prefix cache and KV transfer",
+        "Gateway",
+    ]
