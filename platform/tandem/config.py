@@ -174,6 +174,14 @@ class OidcConfig(_Section):
         raise ValueError("must be an https:// URL (http:// only on loopback): whoever can change the keys is anybody")
 
 
+class RoutingConfig(_Section):
+    """What routing aims at (docs/routing.md)."""
+
+    ttft_s: Seconds = Field(2.0, description="Time to first token that a pair should keep.")
+    itl_s: Seconds = Field(0.05, description="Time between tokens that a pair should keep.")
+    index_bytes: int = Field(128 * 2**20, ge=2**20, description="Memory of the prefix index of a gateway replica.")
+
+
 class AdmissionConfig(_Section):
     """How many requests run at once, and how long others wait (docs/admission.md)."""
 
@@ -253,6 +261,7 @@ class FleetConfig(_Section):
         default_factory=TenantConfig, description="For who shows no key where none is asked for; named anonymous."
     )
     oidc: OidcConfig | None = Field(None, description="None = no JWTs.")
+    routing: RoutingConfig = Field(default_factory=RoutingConfig)
     admission: AdmissionConfig = Field(default_factory=AdmissionConfig)
     metering: MeteringConfig = Field(default_factory=MeteringConfig)
     observability: ObservabilityConfig = Field(default_factory=ObservabilityConfig)

@@ -42,7 +42,9 @@ LAYOUTS = (
 
 @pytest.mark.timeout(120)
 def test_sglang_knows_every_flag_and_variable() -> None:
-    endpoints = RankEndpoints(host="127.0.0.1", http_port=1, dist_init="127.0.0.1:2", bootstrap_port=3)
+    endpoints = RankEndpoints(
+        host="127.0.0.1", http_port=1, dist_init="127.0.0.1:2", bootstrap_port=3, kv_events_port=4, kv_topic="x"
+    )
     lines = [
         launch_args("/m", layout, plan_group(load_shape(name), layout), 0, endpoints, served_model_name="tiny")
         for name, layout in LAYOUTS

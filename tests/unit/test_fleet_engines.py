@@ -8,6 +8,7 @@ import pickle
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tandem.config import FleetConfig, PoolConfig
@@ -38,6 +39,14 @@ def test_a_cpu_fleet_runs_our_server_with_the_pools_own_flags_last(model: Path) 
     assert command.argv[-2:] == ("--log-level", "debug")
     assert command.argv[command.argv.index("--node-rank") + 1] == "1"
     assert command.env["WORD"] == "hello"
+
+
+def test_only_a_prefill_rank_tells_what_it_caches(model: Path) -> None:
+    engines = SglangEngines(FleetConfig(), model=model, name="tiny")
+    where = msgspec.structs.replace(WHERE, kv_events_port=16032, kv_topic="prefill-0/1/")
+    prefill, decode = (engines.command(group(role), 1, where) for role in (Role.PREFILL, Role.DECODE))
+    assert [(source.dp_rank, source.events) for source in prefill.kv_events] == [(1, "tcp://127.0.0.1:16032")]
+    assert decode.kv_events == ()
 
 
 def test_a_gpu_fleet_runs_sglang_itself_and_takes_gpus(model: Path) -> None:

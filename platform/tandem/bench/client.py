@@ -4,17 +4,40 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Callable
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import orjson
 
-from tandem.engine.http1 import HttpFailure, Pool
+from tandem.engine.http1 import HttpFailure
 from tandem.engine.sse import SseParser
+
+
+class Answer(Protocol):
+    """See `engine.http1.Response`."""
+
+    async def head(self, within: float | None) -> int: ...
+
+    async def chunk(self, within: float | None) -> bytes | None: ...
+
+    async def read(self, within: float) -> bytes: ...
+
+    def close(self) -> None: ...
+
+
+class Client(Protocol):
+    """Who carries a request to the gateway: `engine.http1.Pool`, or `cli.https.GatewayClient` with TLS and a key."""
+
+    async def request(self, method: str, url: str, *, body: bytes = ...) -> Answer: ...
 
 
 class RequestFailed(Exception):
     """The server refused, or the stream broke; the message is what it said."""
+
+    def __init__(self, message: str, *, status: int = 0) -> None:
+        """`status`: of an answer that was an error; 0 = it was none."""
+        super().__init__(message)
+        self.status = status
 
 
 class Piece(msgspec.Struct, frozen=True):
@@ -45,7 +68,7 @@ class Timing(msgspec.Struct):
 
 
 async def stream(
-    pool: Pool, base: str, path: str, body: dict[str, Any], *, within: float
+    client: Client, base: str, path: str, body: dict[str, Any], *, within: float
 ) -> AsyncGenerator[Piece, None]:
     """POST `body` with `stream: true`; yield the pieces of the answer.
 
@@ -57,11 +80,11 @@ async def stream(
     """
     wanted = {**body, "stream": True, "stream_options": {"include_usage": True}}
     try:
-        response = await pool.request("POST", base + path, body=orjson.dumps(wanted))
+        response = await client.request("POST", base + path, body=orjson.dumps(wanted))
         try:
             status = await response.head(within)
             if status != 200:
-                raise RequestFailed(f"HTTP {status}: {(await response.read(within)).decode(errors='replace')}")
+                raise refusal(status, await response.read(within))
             parser = SseParser()
             while (data := await response.chunk(within)) is not None:
                 for event in parser.feed(data):
@@ -73,6 +96,16 @@ async def stream(
     except HttpFailure as error:
         raise RequestFailed(str(error)) from error
     raise RequestFailed("the stream ended without [DONE]")
+
+
+def refusal(status: int, body: bytes) -> RequestFailed:
+    """What an answer with an error status says: OpenAI's message and code, or whatever there is."""
+    try:
+        error = orjson.loads(body)["error"]
+        told = f"{error['message']} ({error['code'] or error['type']})"
+    except (ValueError, KeyError, TypeError):
+        told = body.decode(errors="replace")
+    return RequestFailed(f"HTTP {status}: {told}", status=status)
 
 
 def _piece(event: dict[str, Any]) -> Piece:
@@ -90,7 +123,7 @@ def _piece(event: dict[str, Any]) -> Piece:
 
 
 async def timed(
-    pool: Pool,
+    client: Client,
     base: str,
     path: str,
     body: dict[str, Any],
@@ -101,7 +134,7 @@ async def timed(
     """Run one request to its end; `show` is given each piece as it comes. Raises `RequestFailed`."""
     started = time.perf_counter()
     timing = Timing()
-    async for piece in stream(pool, base, path, body, within=within):
+    async for piece in stream(client, base, path, body, within=within):
         now = time.perf_counter() - started
         if not timing.ttft and (piece.text or piece.reasoning):
             timing.ttft = now

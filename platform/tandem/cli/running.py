@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from tandem.bench.client import RequestFailed
 from tandem.cli.console import make_console
+from tandem.cli.https import AccessError
 from tandem.core.types import FleetSnapshot
 from tandem.fleet.control_client import ControlClient, ControlError
 from tandem.fleet.run_folder import HostRecord, RunFolder
@@ -40,7 +41,7 @@ def run(work: Coroutine[Any, Any, Result]) -> Result:
     """Run a command's work; what a user can do something about ends as one sentence."""
     try:
         return asyncio.run(work)
-    except (NotRunning, ControlError, StoreError, RequestFailed) as error:
+    except (NotRunning, ControlError, StoreError, RequestFailed, AccessError) as error:
         fail(str(error))
 
 

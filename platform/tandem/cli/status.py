@@ -11,6 +11,7 @@ import typer
 from rich.live import Live
 
 from tandem.cli.console import make_console
+from tandem.cli.https import Access, Ca, Certificate, CertificateKey, GatewayClient, access_to
 from tandem.cli.running import AsJson, FleetName, find, run, snapshot_from_store
 from tandem.cli.tables import fleet_view
 from tandem.core.types import DpLoad, FleetSnapshot
@@ -27,10 +28,14 @@ def status(
     fleet: FleetName = "laptop",
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Stay and follow; Ctrl-C ends.")] = False,
     as_json: AsJson = False,
+    ca: Ca = None,
+    certificate: Certificate = None,
+    certificate_key: CertificateKey = None,
 ) -> None:
-    """Show the fleet: groups, ranks, load."""
+    """Show the fleet: gateways, groups, ranks, load. The certificates are for --json, which asks the gateways."""
     if as_json:
-        print(msgspec.json.format(msgspec.json.encode(run(full_status(fleet)))).decode())
+        access = Access(ca=ca, certificate=certificate, certificate_key=certificate_key)
+        print(msgspec.json.format(msgspec.json.encode(run(full_status(fleet, access)))).decode())
     elif watch:
         run(_watch(fleet))
     else:
@@ -38,28 +43,31 @@ def status(
         make_console().print(fleet_view(snapshot, loads, time.time()))
 
 
-async def full_status(fleet: str) -> dict[str, Any]:
-    """What `--json` prints: the snapshot, the load, and what every rank and gateway has counted."""
+async def full_status(fleet: str, access: Access | None = None) -> dict[str, Any]:
+    """What `--json` prints: the snapshot, the load, and what every rank and gateway has counted ({} = not told)."""
     snapshot, loads = await _read(fleet)
     folder, record = find(fleet)
     pool = Pool()
+    gateways = GatewayClient(access_to(folder.config(), access or Access()))
+    asked: dict[str, Pool | GatewayClient] = {
+        rank.metrics: pool for group in snapshot.groups for rank in group.ranks if rank.metrics
+    }
+    asked |= {f"{gateway.url}/metrics": gateways for gateway in snapshot.gateways}
     try:
-        urls = [rank.metrics for group in snapshot.groups for rank in group.ranks if rank.metrics]
-        urls += [f"{gateway.url}/metrics" for gateway in snapshot.gateways]
-        answers = await asyncio.gather(*(_counters(pool, url) for url in urls))
+        answers = await asyncio.gather(*(_counters(client, url) for url, client in asked.items()))
     finally:
         await pool.close()
     return {
         **msgspec.to_builtins(snapshot),
         "host": {"pid": record.pid, "run": record.run, "logs": str(folder.logs), "scratch": record.scratch},
         "loads": msgspec.to_builtins(loads),
-        "counters": dict(zip(urls, answers, strict=True)),
+        "counters": dict(zip(asked, answers, strict=True)),
     }
 
 
-async def _counters(pool: Pool, url: str) -> Counters:
+async def _counters(client: Pool | GatewayClient, url: str) -> Counters:
     try:
-        status, body = await pool.fetch("GET", url)
+        status, body = await client.fetch("GET", url)
     except HttpFailure:
         return {}
     return read_counters(body.decode()) if status == 200 else {}

@@ -11,7 +11,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tandem.core.types import DpLoad, FleetSnapshot, Group, GroupState, Rank, RankState
+from tandem.core.types import DpLoad, FleetSnapshot, GatewayReplica, Group, GroupState, Rank, RankState
 
 COLOURS: Mapping[str, str] = {
     GroupState.READY: "green",
@@ -28,8 +28,18 @@ COLOURS: Mapping[str, str] = {
 def fleet_view(snapshot: FleetSnapshot, loads: Mapping[str, Sequence[DpLoad]], now: float) -> RenderableType:
     """Everything that `tandem status` shows. `now` in Unix seconds."""
     title = f"fleet {snapshot.name}: {snapshot.model_name}"
-    gateways = ", ".join(gateway.url for gateway in snapshot.gateways) or "none yet"
-    return Stack(Text(title, style="bold"), Text(f"gateway {gateways}"), group_table(snapshot, loads, now))
+    return Stack(Text(title, style="bold"), _gateways(snapshot.gateways), group_table(snapshot, loads, now))
+
+
+def _gateways(gateways: Sequence[GatewayReplica]) -> RenderableType:
+    """A line for each: where it answers HTTP and gRPC."""
+    if not gateways:
+        return Text("no gateway yet")
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for gateway in sorted(gateways, key=lambda one: (one.url, one.replica)):
+        grpc = f"gRPC {gateway.grpc}" if gateway.grpc else ""
+        table.add_row(Text(gateway.replica), Text(gateway.url), Text(grpc))
+    return table
 
 
 def group_table(snapshot: FleetSnapshot, loads: Mapping[str, Sequence[DpLoad]], now: float) -> Table:

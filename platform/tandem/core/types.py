@@ -10,6 +10,8 @@ from enum import StrEnum
 
 import msgspec
 
+from tandem.core.kv_source import KvSource
+
 
 class Role(StrEnum):
     """Which half of a request a group serves."""
@@ -55,6 +57,8 @@ class Rank(msgspec.Struct, frozen=True, kw_only=True):
     """What it is doing, or how it died, in one sentence."""
     metrics: str = ""
     """URL of what its engine has counted, in Prometheus' text format. Empty while there is none."""
+    kv_events: tuple[KvSource, ...] = ()
+    """Where its DP ranks tell what they cache; prefill only."""
 
 
 class Group(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,6 +14,7 @@ import msgspec
 from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 from google.protobuf.message import Message
 
+from tandem.core.kv_source import KvSource
 from tandem.core.types import (
     DpLoad,
     FleetSnapshot,
@@ -30,6 +31,7 @@ from tandem.v1 import control_pb2
 _Struct = TypeVar("_Struct", bound=msgspec.Struct)
 
 MESSAGES: Mapping[type[msgspec.Struct], type[Message]] = {
+    KvSource: control_pb2.KvSource,
     Rank: control_pb2.Rank,
     Group: control_pb2.Group,
     GroupSpec: control_pb2.GroupSpec,

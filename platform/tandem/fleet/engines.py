@@ -10,10 +10,11 @@ from typing import NamedTuple, Protocol
 
 from tandem.config import FleetConfig
 from tandem.core.group_events import Service
+from tandem.core.kv_source import KvSource
 from tandem.core.layout import GroupLayout, LayoutError, ParallelPlan, plan_group
 from tandem.core.shape import ModelShape, ShapeError
 from tandem.core.types import GroupSpec, Role
-from tandem.engine.launch import LaunchError, RankEndpoints, launch_args, launch_env
+from tandem.engine.launch import LaunchError, RankEndpoints, kv_sources, launch_args, launch_env
 from tandem.fleet.plan import layout_of, pool_of, read_shape
 from tandem.fleet.ray_processes import RANK_RESOURCE
 
@@ -25,10 +26,11 @@ class NoEngineError(ValueError):
 
 
 class Command(NamedTuple):
-    """A command line, and what to add to the environment."""
+    """A command line, what to add to the environment, and where it will tell what its KV caches hold."""
 
     argv: Sequence[str]
     env: Mapping[str, str]
+    kv_events: tuple[KvSource, ...] = ()
 
 
 class Engines(Protocol):
@@ -86,10 +88,11 @@ class SglangEngines:
                 weight_version=self._config.model.version,
             )
             env = launch_env(layout, plan, rank, endpoints)
+            sources = kv_sources(layout, plan, rank, endpoints)
         except LaunchError as error:
             raise NoEngineError(str(error)) from error
         server = CPU_SERVER if self._config.device == "cpu" else GPU_SERVER
-        return Command((sys.executable, "-m", server, *arguments), {**env, **pool.env})
+        return Command((sys.executable, "-m", server, *arguments), {**env, **pool.env}, sources)
 
     def service(self, spec: GroupSpec, leader: RankEndpoints) -> Service:
         prefill = spec.role is Role.PREFILL

@@ -30,6 +30,7 @@ from tandem.core.group_events import (
     Waiting,
     WatchRooms,
 )
+from tandem.core.kv_source import KvSource
 from tandem.core.types import Group, GroupSpec, GroupState, Rank, RankState
 from tandem.engine.http1 import HttpFailure
 from tandem.engine.launch import RankEndpoints
@@ -38,6 +39,7 @@ from tandem.fleet.engines import Engines, NoEngineError
 from tandem.fleet.rank import (
     DIST,
     HTTP,
+    KV_EVENTS,
     START_S,
     Prepared,
     RankActor,
@@ -147,7 +149,7 @@ class Hands:
             self._post(StartFailed(epoch=epoch, reason=f"cannot be started: {sentence(error)}"))
             return
         self._pids.clear()  # these have gone, and their numbers may come to mean other processes
-        for rank, (prepared, status) in enumerate(zip(found, started, strict=True)):
+        for rank, (prepared, (status, kv_events)) in enumerate(zip(found, started, strict=True)):
             self._pids.setdefault(prepared.node, []).append(status.pid)
             self._post(
                 RankStarted(
@@ -160,6 +162,7 @@ class Hands:
                         pid=status.pid,
                         log=status.log,
                         metrics=status.metrics,
+                        kv_events=kv_events,
                     ),
                 )
             )
@@ -189,7 +192,7 @@ class Hands:
 
     async def _launch(
         self, spec: GroupSpec, epoch: int, rank: int, actor: ActorHandle[RankActor], found: list[Prepared]
-    ) -> RankStatus:
+    ) -> tuple[RankStatus, tuple[KvSource, ...]]:
         leader, own = found[0], found[rank]
         host = f"[{leader.host}]" if ":" in leader.host else leader.host
         endpoints = RankEndpoints(
@@ -198,6 +201,8 @@ class Hands:
             dist_init=f"{host}:{leader.first_port + DIST}",
             bootstrap_port=leader.first_port + bootstrap_place(epoch),
             interface=own.interface,
+            kv_events_port=own.first_port + KV_EVENTS,
+            kv_topic=f"{self._group}/{epoch}/",
         )
         command = self._engines.command(spec, rank, endpoints)
         status: RankStatus = await answer(
@@ -205,7 +210,7 @@ class Hands:
         )
         if status.state is RankState.DEAD:
             raise NoEngineError(f"rank {rank} {status.detail}")
-        return status
+        return status, command.kv_events
 
     # -- watching
 

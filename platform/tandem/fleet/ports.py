@@ -16,7 +16,7 @@ import psutil
 FIRST, LAST = 16000, 21999
 """Below what kernels hand out by themselves (32768 and up), what SGLang draws for itself (22000 to 29999), and what
 Kubernetes forwards (30000 to 32767)."""
-BLOCK = 32
+BLOCK = 64
 
 
 class NoPortsError(RuntimeError):

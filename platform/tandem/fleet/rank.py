@@ -21,11 +21,12 @@ from tandem.engine.launch import RankEndpoints
 from tandem.engine.supervisor import EngineCommand, EngineProcess, StartError
 from tandem.fleet.bound import die_with_parent
 from tandem.fleet.engine_health import HealthCheck, gone, log_tail, read_counters, serve_counters
-from tandem.fleet.ports import BLOCK, PortBlock, interface_of
+from tandem.fleet.ports import PortBlock, interface_of
 
-HTTP, DIST = 0, 2
-"""Where in its block of ports a rank has what; from DIST on, SGLang takes several in a row."""
-METRICS = BLOCK - 1
+HTTP, DIST, KV_EVENTS = 0, 2, 32
+"""Where in its block of ports a rank has what; from DIST on, SGLang takes several in a row, and from KV_EVENTS
+on KV_EVENT_PORTS."""
+METRICS = 31
 """Where the actor itself serves what its engine has counted."""
 
 _BOOTSTRAP = range(24, METRICS)
@@ -211,7 +212,7 @@ class RankActor:
         return self._status
 
     def _serve_metrics(self) -> str:
-        """Serve the counters on the block's last port; return the URL, empty if that is not possible."""
+        """Serve the counters on a port of the block; return the URL, empty if that is not possible."""
         if self._block is None:
             return ""
         port = self._block.first + METRICS

@@ -15,6 +15,9 @@ import msgspec
 
 from tandem.config import FleetConfig
 from tandem.core.layout import CPU_KV_TOKENS
+from tandem.core.prefix_index import PrefixIndex
+from tandem.core.route_cost import RouteSettings, Slo
+from tandem.core.routing import Router
 from tandem.core.types import Role
 from tandem.engine.client import EngineClient
 from tandem.gateway import tls
@@ -27,6 +30,8 @@ from tandem.gateway.grpc_front import ServiceAnswers
 from tandem.gateway.grpc_server import GrpcServer
 from tandem.gateway.http_server import HttpServer
 from tandem.gateway.keys import KeyRing
+from tandem.gateway.kv_events import KvEvents
+from tandem.gateway.load_poller import LoadPoller
 from tandem.gateway.logs import RequestLog
 from tandem.gateway.metering import Meter, make_meter
 from tandem.gateway.metric_observer import AdmissionMetrics
@@ -75,8 +80,19 @@ class Gateway:
         client = EngineClient()
         stack.push_async_callback(client.close)
         self.metrics = Metrics()
-        self.driver = PairDriver(client, self.metrics)
-        self._view = FleetView(self.store, self.driver, on_change=self._fleet_changed)
+        wanted = config.routing
+        router = Router(
+            RouteSettings(slo=Slo(ttft_s=wanted.ttft_s, itl_s=wanted.itl_s)),
+            PrefixIndex(max_bytes=wanted.index_bytes),
+        )
+        self.driver = PairDriver(client, self.metrics, router)
+        self._events = KvEvents(router.index)
+        stack.callback(self._events.close)
+        poller = LoadPoller(client, router)
+        stack.push_async_callback(poller.close)
+        # The index must know a rank before its events come.
+        listeners = (self.driver, self._events, poller)
+        self._view = FleetView(self.store, listeners, on_change=self._fleet_changed)
         self._admission = await self._make_admission()
         await self._view.load()
         self._go(self._view.follow(), "fleet-view")
@@ -85,7 +101,7 @@ class Gateway:
             self._context = tls.server_ssl_context(config.gateway.tls)
             self._go(tls.follow(self._context, config.gateway.tls), "tls")
         service = await self._make_service()
-        pages = Pages(setting.replica, config.name, service, self._view.snapshot)
+        pages = Pages(setting.replica, config.name, service, self._view.snapshot, lambda: self._events.counts)
         self._http = HttpServer(App(service, pages))
         answers = ServiceAnswers(service, lambda: self._view.snapshot().model_version)
         self._grpc = GrpcServer(

@@ -86,7 +86,7 @@ class Exchange:
         self._head = b""
         self._chunked = False
         self._left = False
-        self._on_left: Callable[[], None] | None = None
+        self._on_left: Callable[[], object] | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     @property
@@ -131,7 +131,7 @@ class Exchange:
             if timer is not None:
                 timer.cancel()
 
-    def when_left(self, then: Callable[[], None]) -> None:
+    def when_left(self, then: Callable[[], object]) -> None:
         """Have `then` called when the client leaves before its answer is complete; at once if it has."""
         self._on_left = then
         if self._left:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -17,7 +17,7 @@ _Kind = TypeVar("_Kind", bound=msgspec.Struct)
 
 
 class GroupListener(Protocol):
-    """Who wants to know of groups (the `PairDriver`)."""
+    """Who wants to know of groups."""
 
     def put_group(self, group: Group) -> None: ...
     def remove_group(self, name: str) -> None: ...
@@ -33,12 +33,14 @@ class _Record(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FleetView:
-    """Reads `groups/`, `desired/`, `gateways/` and `fleet`; tells the listener of every change of a group."""
+    """Reads `groups/`, `desired/`, `gateways/` and `fleet`; tells its listeners of every change of a group."""
 
-    def __init__(self, store: Store, listener: GroupListener, *, on_change: Callable[[], None] = lambda: None) -> None:
-        """`on_change` is called after each change of groups or gateways."""
+    def __init__(
+        self, store: Store, listeners: Sequence[GroupListener], *, on_change: Callable[[], None] = lambda: None
+    ) -> None:
+        """`listeners` hear of each group in this order; `on_change` is called after all changes of groups or gateways."""
         self._store = store
-        self._listener = listener
+        self._listeners = listeners
         self._on_change = on_change
         self._groups: dict[str, Group] = {}
         self._desired: dict[str, GroupSpec] = {}
@@ -90,10 +92,11 @@ class FleetView:
         group = self._groups.get(name)
         if group == before:
             return
-        if group is None:
-            self._listener.remove_group(name)
-        else:
-            self._listener.put_group(group)
+        for listener in self._listeners:
+            if group is None:
+                listener.remove_group(name)
+            else:
+                listener.put_group(group)
 
 
 def _set(table: dict[str, _Kind], key: str, name: str, value: bytes | None, kind: type[_Kind]) -> None:

@@ -346,6 +346,9 @@ class Metrics:
         self.model_info = Gauge(
             "tandem_model_info", "The model that is served.", ["model", "version"], registry=registry
         )
+        self.prefix_index_bytes = Gauge(
+            "tandem_prefix_index_bytes", "Memory of the router's prefix index.", registry=registry
+        )
         self.usage_records = Counter("tandem_usage_records", "Usage records written.", registry=registry)
         self.usage_dropped = Counter(
             "tandem_usage_records_dropped", "Usage records lost: the sink could not take them.", registry=registry

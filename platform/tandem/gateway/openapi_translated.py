@@ -257,7 +257,7 @@ TRANSLATED_PARTS: dict[str, Schema] = {
             {
                 "type": "object",
                 "properties": {
-                    "type": {"const": "message"},
+                    "type": {"enum": ["message", None]},
                     "role": {"enum": ["user", "assistant", "system", "developer"]},
                     "content": _PARTS,
                 },

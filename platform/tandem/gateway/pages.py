@@ -16,6 +16,7 @@ from tandem.gateway import anthropic_writer, openapi, token_api
 from tandem.gateway.anthropic_api import count_tokens
 from tandem.gateway.auth import check_model
 from tandem.gateway.errors import ApiError
+from tandem.gateway.kv_events import KvEventCounts
 from tandem.gateway.requests import model_not_found, parse_json
 from tandem.gateway.service import Service
 
@@ -32,7 +33,16 @@ _OPEN = frozenset({"/health", "/ready", "/fleet", "/metrics", "/openapi.json"})
 class Pages:
     """Answers from memory."""
 
-    def __init__(self, replica: str, fleet_name: str, service: Service, fleet: Callable[[], FleetSnapshot]) -> None:
+    def __init__(
+        self,
+        replica: str,
+        fleet_name: str,
+        service: Service,
+        fleet: Callable[[], FleetSnapshot],
+        heard: Callable[[], KvEventCounts] = KvEventCounts,
+    ) -> None:
+        """`heard`: what engines have told of their caches."""
+        self._heard = heard
         self._replica = replica
         self._fleet_name = fleet_name
         self._service = service
@@ -113,12 +123,15 @@ class Pages:
         return _json({"status": "not ready", "reason": shortage.reason}, status=503)
 
     def _whole_fleet(self) -> Page:
-        found = msgspec.to_builtins(self._fleet())
+        found, index = msgspec.to_builtins(self._fleet()), self._driver.router.index
         found["gateway"] = {
             "replica": self._replica,
             "open_requests": self._driver.table.open_requests,
             "open_rooms": self._driver.table.open_rooms,
             "loads": msgspec.to_builtins(self._driver.router.loads()),
+            "ranks": msgspec.to_builtins(self._driver.router.ranks()),
+            "prefix_index": {"blocks": len(index), "bytes": index.size, "evicted": index.evicted},
+            "kv_events": msgspec.to_builtins(self._heard()),
         }
         return _json(found)
 
@@ -129,6 +142,7 @@ class Pages:
         self._metrics.group_loads(
             (roles.get(load.group, ""), load.group, load.rooms, load.tokens) for load in self._driver.router.loads()
         )
+        self._metrics.prefix_index_bytes.set(self._driver.router.index.size)
         return 200, CONTENT_TYPE_LATEST.encode(), self._metrics.exposition()
 
 

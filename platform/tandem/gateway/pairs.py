@@ -48,9 +48,16 @@ _LOST = frozenset({GroupState.FAILED, GroupState.GONE})
 class PairDriver:
     """The pair table with hands. All methods belong to the loop that it was made on."""
 
-    def __init__(self, client: EngineClient, metrics: Metrics, *, rooms: Callable[[], int] | None = None) -> None:
+    def __init__(
+        self,
+        client: EngineClient,
+        metrics: Metrics,
+        router: Router | None = None,
+        *,
+        rooms: Callable[[], int] | None = None,
+    ) -> None:
         """`rooms` draws 63 random bits; the default is the system's random source."""
-        self.router = Router()
+        self.router = Router() if router is None else router
         self.table = PairTable()
         self._client = client
         self._metrics = metrics
@@ -138,10 +145,11 @@ class PairDriver:
     def _do(self, action: Action) -> Event | None:
         match action:
             case Deliver(request=request, room=room, ids=ids):
-                self.router.grow(room, len(ids))
+                now = self._loop.time()
+                self.router.grow(room, len(ids), now)
                 ticket = self._tickets[request]
                 if ticket.prefilled is not None:
-                    self._metrics.kv_transferred(self._loop.time() - ticket.prefilled)
+                    self._metrics.kv_transferred(now - ticket.prefilled)
                     ticket.prefilled = None
                 ticket.deliver(ids)
             case NeedPair():
@@ -152,7 +160,7 @@ class PairDriver:
                 self._metrics.aborts.labels(role.value, reason).inc()
                 self._legs[room, role].abort(notify=notify)
             case LegReleased(room=room, role=role):
-                self.router.release(room, role)
+                self.router.release(room, role, self._loop.time())
                 self._legs.pop((room, role), None)
             case Finish(request=request) | Fail(request=request):
                 self._tickets.pop(request).finish(action)
@@ -165,7 +173,7 @@ class PairDriver:
         ticket.attempts = need.attempt
         if need.attempt > 1:
             self._metrics.retries.inc()
-        pair = self.router.choose(avoid=need.avoid)
+        pair = self.router.choose(ticket.ask, avoid=need.avoid, now=self._loop.time())
         if isinstance(pair, NoCapacity):
             failure = Failure(kind=FailureKind.NO_CAPACITY, message=pair.reason, retry_after=pair.retry_after)
             return Refused(request=need.request, failure=failure)
@@ -178,7 +186,8 @@ class PairDriver:
     def _send(self, send: SendLeg) -> None:
         ticket = self._tickets[send.request]
         target = send.pair.target(send.role)
-        self.router.open(send.room, target, len(ticket.prompt))
+        uncached = send.pair.choice.uncached_tokens if send.pair.choice is not None else None
+        self.router.open(send.room, target, len(ticket.prompt), uncached=uncached, now=self._loop.time())
         rid, body = leg_body(send.pair, send.role, send.room, ticket.common)
         trace = None
         if ticket.trace is not None:
@@ -206,6 +215,9 @@ class PairDriver:
             # Prefill is where a prefix is found; decode gets the whole KV either way.
             ticket.cached_tokens = ended.cached_tokens
             ticket.prefilled = self._loop.time()
+            self.router.prefilled(leg.room, cached=ended.cached_tokens, now=ticket.prefilled)
+            if ticket.pair is not None and ticket.pair.choice is not None:
+                self._metrics.prefix(predicted=ticket.pair.choice.cached_tokens, found=ended.cached_tokens)
         else:
             ticket.ended = ended
 

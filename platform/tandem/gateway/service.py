@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from tandem.config import GatewayConfig
+from tandem.core.routing import RouteAsk
 from tandem.gateway.admission import Admission
 from tandem.gateway.asked import Asked
 from tandem.gateway.auth import Authenticator
@@ -104,10 +105,13 @@ class Service:
         wanted, bell = prepared.wanted, Bell()
         tenant = self.metrics.tenant(asked.identity.tenant.name)
         reply = Reply(bell, prepared.prompt_ids, tenant, asked.arrived, asked.permit)
+        asks = [
+            RouteAsk(prompt.ids, asked.session, output_tokens=wanted.max_tokens or 0) for prompt in prepared.prompts
+        ]
         for index, common in enumerate(prepared.commons):
             prompt = prepared.prompts[index // wanted.n]
             name = asked.number if index == 0 else f"{asked.number}-{index}"
-            ticket = Ticket(name, common, prompt.ids, bell, session=asked.session, trace=asked.trace)
+            ticket = Ticket(name, common, asks[index // wanted.n], bell, trace=asked.trace)
             form = self.tokenizer.tool_format
             answer = answer_for(wanted, self.vocabulary, thinking=prompt.thinking, form=form)
             reply.add(Run(index, ticket, answer, self.driver, reply))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tandem.core.pair_events import Fail, Finish
-from tandem.core.routing import Pair
+from tandem.core.routing import Pair, RouteAsk
 from tandem.engine.client import Ended, Logprob
 from tandem.gateway.bell import Bell
 from tandem.gateway.tracing import RequestTrace
@@ -18,22 +18,20 @@ class Ticket:
         self,
         request: str,
         common: bytes,
-        prompt: Sequence[int],
+        ask: RouteAsk,
         bell: Bell,
         *,
-        session: str = "",
         trace: RequestTrace | None = None,
     ) -> None:
         """
         Args:
             common: the part of the engines' JSON body that all legs share (see `leg_body`).
-            session: requests of one session are routed alike where that costs little.
+            ask: the prompt, as routing looks at it.
         """
         self.request = request
         self.common = common
-        self.prompt = prompt
+        self.ask = ask
         self.bell = bell
-        self.session = session
         self.trace = trace
         self.attempts = 0
         self.pair: Pair | None = None
@@ -49,6 +47,11 @@ class Ticket:
         self.coming: list[Logprob] | None = None
         """Logprobs of the tokens that the table is being told of."""
         self.end: Finish | Fail | None = None
+
+    @property
+    def prompt(self) -> Sequence[int]:
+        """Token ids."""
+        return self.ask.prompt
 
     def deliver(self, ids: list[int]) -> None:
         self.ids = self.ids + ids if self.ids else ids

@@ -56,7 +56,13 @@ def main() -> None:
     asyncio.run(_announce(options.folder, groups(json.loads(options.urls))))
     pool = {"max_total_tokens": 10**7}
     config = FleetConfig.model_validate(
-        {"name": "bench", "gateway": {"port": 0, "grpc_port": 0}, "model": {"name": "standin"}, "prefill": pool, "decode": pool}
+        {
+            "name": "bench",
+            "gateway": {"port": 0, "grpc_port": 0},
+            "model": {"name": "standin"},
+            "prefill": pool,
+            "decode": pool,
+        }
     )
     replica = GatewayReplica(config, model_path=options.model, folder=options.folder)
     record = replica.start()

@@ -30,7 +30,9 @@ async def test_the_fleet_page_tells_what_is_open() -> None:
     async with world("p0", "d0") as w:
         found = (await w.get("/fleet")).json()
     assert found["name"] == "test"
-    assert found["gateway"] == {"replica": "g1", "open_requests": 0, "open_rooms": 0, "loads": []}
+    known = {name: found["gateway"][name] for name in ("replica", "open_requests", "open_rooms", "loads")}
+    assert known == {"replica": "g1", "open_requests": 0, "open_rooms": 0, "loads": []}
+    assert {rank["group"] for rank in found["gateway"]["ranks"]} == {"p0", "d0"}
 
 
 async def test_metrics_have_their_names() -> None:
