@@ -1,6 +1,7 @@
 # make demo   install, start a fleet, stream one answer, show what happened, stop
 # make up     the same fleet, kept running;  make down stops it
 # make test   all tests;  make lint, make bench
+# make bench-gateway   the gateway beside sglang-router and smg
 #
 # Everything is installed into .venv, once; change a requirement file and it is brought up to date.
 
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo up down status test unit lint format bench install dev
+.PHONY: demo up down status test unit lint format bench bench-gateway install dev sdk-venv bench-venv
 .DELETE_ON_ERROR:
 
 demo: install
@@ -25,7 +26,7 @@ down: install
 status: install
 	$(BIN)/tandem status
 
-test: dev
+test: dev sdk-venv
 	$(BIN)/python -m pytest
 
 unit: dev
@@ -33,6 +34,9 @@ unit: dev
 
 bench: dev
 	$(BIN)/tandem bench
+
+bench-gateway: dev bench-venv
+	PYTHONPATH=tests $(BIN)/python -m bench.gateway
 
 lint: dev
 	$(BIN)/ruff format --check platform tests
@@ -70,4 +74,19 @@ $(VENV)/.installed: pyproject.toml $(wildcard proto/tandem/v1/*.proto) $(VENV)/.
 
 $(VENV)/.installed-dev: requirements/dev.txt $(VENV)/.installed
 	$(PIP) -c requirements/torch-cpu.txt -r requirements/dev.txt
+	touch $@
+
+# Other people's clients, and other people's gateways, in environments of their own.
+sdk-venv: $(VENV)-sdk/.installed
+bench-venv: $(VENV)-bench/.installed
+
+$(VENV)-sdk/.installed: requirements/sdk.txt
+	@echo "Installing the clients that the API is tested with …"
+	$(PYTHON) -m venv $(VENV)-sdk
+	$(VENV)-sdk/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r $<
+	touch $@
+
+$(VENV)-bench/.installed: requirements/bench.txt
+	$(PYTHON) -m venv $(VENV)-bench
+	$(VENV)-bench/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r $<
 	touch $@

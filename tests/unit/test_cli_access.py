@@ -1,4 +1,4 @@
-"""`tandem chat` and `tandem status` at a gateway that wants TLS, keys and certificates: a whole replica, real sockets."""
+"""`tandem chat` and `tandem status` at a gateway that wants TLS, keys, certificates: a whole replica, real sockets."""
 
 from __future__ import annotations
 

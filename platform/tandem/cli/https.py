@@ -149,13 +149,19 @@ class Answer:
         except ssl.SSLError as error:
             raise _tls_failure(self._peer, error) from None
         except OSError as error:
-            raise Interrupted(f"{self._peer} closed the connection before its answer was complete ({error})") from None
+            raise self._cut(f" ({error.strerror or error})") from None
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
             raise Interrupted(f"{self._peer} did not answer in HTTP/1.1: {error}") from None
         if not data and not self._done:
-            raise Interrupted(f"{self._peer} closed the connection before its answer was complete")
+            raise self._cut()
+
+    def _cut(self, why: str = "") -> Interrupted:
+        # Whoever lacks a good client certificate is often sent away without the alert that would say so.
+        secure = not self.status and self._writer.get_extra_info("ssl_object") is not None
+        advice = "; does it ask for a client certificate of its own CA (--cert, --cert-key)?" if secure else ""
+        return Interrupted(f"{self._peer} closed the connection before its answer was complete{why}{advice}")
 
     # httptools
 

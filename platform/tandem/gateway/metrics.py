@@ -86,6 +86,10 @@ class TenantMetrics:
         self._between.observe(each, tokens)
         self._metrics.delivered_tokens.inc(tokens)
 
+    def delivered(self, tokens: int) -> None:
+        """The first tokens of a further choice are there, beside those of the request's first."""
+        self._metrics.delivered_tokens.inc(tokens)
+
     def prompt(self, tokens: int) -> None:
         """A request is sent to the engines with a prompt of so many tokens."""
         self._metrics.prompt_tokens.inc(tokens)

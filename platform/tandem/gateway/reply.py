@@ -96,6 +96,7 @@ class Reply:
         self._permit = permit
         self._loop = asyncio.get_running_loop()
         self._open: list[Run] = []
+        self._failed: Fail | None = None
 
     def add(self, run: Run) -> None:
         """One more choice; all are added before the first is read."""
@@ -124,6 +125,8 @@ class Reply:
             self._metrics.first_token(now - self._arrived, tokens)
             if self._permit is not None:
                 self._permit.started()
+        else:
+            self._metrics.delivered(tokens)
 
     def so_far(self) -> Usage:
         """What was read until now."""
@@ -136,22 +139,23 @@ class Reply:
         )
 
     def _take(self) -> list[Step]:
+        if self._failed is not None:
+            raise self._error(self._failed)
         steps: list[Step] = []
         now = self._loop.time()
         for run in list(self._open):
-            if run.failed is not None:
-                raise self._error(run.failed)
             step = run.take(now)
+            if run.failed is not None:
+                self._failed = run.failed
             if step is None:
                 continue
-            if run.failed is not None and not step.piece:
-                if steps:
-                    # What the others have goes out first; this one is looked at again.
-                    continue
-                raise self._error(run.failed)
             if run.over:
                 self._open.remove(run)
-            steps.append(step)
+            if step.piece or run.over:
+                steps.append(step)
+        if self._failed is not None and not steps:
+            raise self._error(self._failed)
+        # What has come beside a failure goes out before it.
         if not self._open and steps:
             self.usage = self.so_far()
             steps[-1] = msgspec.structs.replace(steps[-1], usage=self.usage)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import tokenizers
 
 from tandem.gateway.chat_template import ChatTemplate, load_template, token_text
+from tandem.gateway.fast_encode import FastEncoder
 from tandem.gateway.model_card import ModelError, read_json
 from tandem.gateway.reasoning import END, START
 from tandem.gateway.tools import ToolFormat, format_of, instructions
@@ -28,6 +29,7 @@ class Tokenizer:
     def __init__(self, inner: tokenizers.Tokenizer, template: ChatTemplate | None, bos: str = "") -> None:
         """`bos`: the token to begin a plain prompt with, where the tokenizer does not do it by itself."""
         self.inner = inner
+        self._encoder = FastEncoder(inner)
         self._template = template
         self._bos = inner.token_to_id(bos) if bos else None
 
@@ -94,9 +96,7 @@ class Tokenizer:
         return ChatPrompt(self._encode(text, special=False), opened)
 
     def _encode(self, text: str, *, special: bool) -> list[int]:
-        # Of all its methods only the batch ones release the GIL, and `fast` leaves out offsets that nobody reads.
-        ids: list[int] = self.inner.encode_batch_fast([text], add_special_tokens=special)[0].ids
-        return ids
+        return self._encoder.encode(text, special=special)
 
 
 def _begin(text: str, opened: bool, message: Mapping[str, Any]) -> tuple[str, bool]:

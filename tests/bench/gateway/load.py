@@ -16,6 +16,7 @@ import sys
 from bisect import bisect_left
 from collections import Counter
 from itertools import accumulate, pairwise
+from pathlib import Path
 from pydoc_data import topics
 from time import monotonic
 from urllib.parse import urlsplit
@@ -25,7 +26,12 @@ import msgspec
 import orjson
 import uvloop
 
-from bench.gateway.processes import Spent, cpu, machine, resident
+from bench.gateway.processes import Process, Spent, cpu, machine, resident
+
+SLACK_S = 60.0
+"""Beyond the planned seconds, for the process to start, and to read what it received."""
+CLOSED_S = 1200.0
+"""For a closed loop, whose length depends on the gateway."""
 
 
 class Plan(msgspec.Struct, kw_only=True):
@@ -331,6 +337,17 @@ def quantiles(values: list[float]) -> Quantiles:
     ordered = sorted(values)
     at = [ordered[min(len(ordered) - 1, int(share * len(ordered)))] * 1e3 for share in (0.5, 0.95, 0.99)]
     return Quantiles(*at, ordered[-1] * 1e3)
+
+
+def drive(plan: Plan, log: Path) -> Result:
+    """Run a plan in a process of its own. Raises BenchError."""
+    process = Process("the load", [sys.executable, "-m", "bench.gateway.load"], log=log, lines=True)
+    try:
+        process.feed(msgspec.json.encode(plan))
+        within = plan.seconds + plan.drain_s + SLACK_S if plan.rate else CLOSED_S
+        return msgspec.json.decode(process.line(within), type=Result)
+    finally:
+        process.stop()
 
 
 async def _main() -> None:

@@ -2,8 +2,9 @@
 
     PYTHONPATH=tests .venv/bin/python -m bench.gateway.profile --rate 60 --seconds 20
 
-The share of each kind of work is that of the samples; py-spy stops the process for each, so latencies meanwhile mean
-nothing, and the sampling rate is low.
+The share of each kind of work is that of the samples of what is not idle. They are taken by the wall's clock: on a
+busy machine a system call that wakes somebody (`send`) shows also the time in which others had the processor. py-spy
+stops the process for each sample, so latencies meanwhile mean nothing.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from bench.gateway.load import Plan
 from bench.gateway.processes import BenchError, Process
 from bench.gateway.report import console
 
+WAITING = "wait for events"
 LEAVES = {
     "send (system call)": {"write", "writev", "send", "sendto", "sendmsg", "__send"},
     "receive (system call)": {"read", "recv", "recvfrom", "__recv", "__read"},
-    "wait for events": {"epoll_wait", "epoll_pwait", "epoll_ctl", "__select"},
+    WAITING: {"epoll_wait", "epoll_pwait", "epoll_ctl", "__select"},
     "garbage collection": {"gc_collect_main", "gc_collect_generations", "deduce_unreachable", "visit_decref"},
 }
 PLACES = (
@@ -118,7 +120,13 @@ def main() -> None:
             counts: Counter[str] = Counter()
             for sample in raw.read_text().splitlines():
                 stack, _, count = sample.rpartition(" ")
-                if "take_gil" not in stack and "SimpleQueue" not in stack and "<module> (bench/gateway" not in stack:
+                idle = kind(stack.split(";")) == WAITING
+                if (
+                    not idle
+                    and "take_gil" not in stack
+                    and "SimpleQueue" not in stack
+                    and "<module> (bench/gateway" not in stack
+                ):
                     counts[kind(stack.split(";"))] += int(count)
             table = Table("work", "share", title=f"Samples of all threads ({counts.total()})")
             for work, count in counts.most_common():

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-
-import msgspec
 from rich.console import Console
 
 from bench.gateway import report
 from bench.gateway.gateways import Place, running
-from bench.gateway.load import Plan, Result
-from bench.gateway.processes import Process, resident
+from bench.gateway.load import Plan, drive
+from bench.gateway.processes import resident
 
 PARTS = 10
 PROMPT_BYTES = 1000
@@ -42,7 +39,7 @@ def soak(place: Place, names: list[str], requests: int, clients: int, console: C
                     tokens=TOKENS,
                     seed=1 + part,
                 )
-                result = _part(plan, place)
+                result = drive(plan, place.folder / "load.log")
                 seconds += result.seconds
                 completed += result.completed
                 for what, count in result.errors.items():
@@ -55,14 +52,3 @@ def soak(place: Place, names: list[str], requests: int, clients: int, console: C
                 faults = [f"{after.pairs - before.pairs} pairs for {completed} answers, {after.waiting} rooms wait"]
             found.append(report.Memory(name, points, errors, faults, completed / seconds))
     return found
-
-
-def _part(plan: Plan, place: Place) -> Result:
-    process = Process(
-        "the load", [sys.executable, "-m", "bench.gateway.load"], log=place.folder / "load.log", lines=True
-    )
-    try:
-        process.feed(msgspec.json.encode(plan))
-        return msgspec.json.decode(process.line(600), type=Result)
-    finally:
-        process.stop()

@@ -42,6 +42,8 @@ class Engine:
         self.scripts: deque[Script] = deque()
         self.default = Script(ids=[1]) if role == "prefill" else Script()
         self.bodies: list[dict[str, Any]] = []
+        self.traces: list[str] = []
+        """The `traceparent` of each of `bodies`; empty = there was none."""
         self.aborted: list[str] = []
         self.connections = 0
         self.running: dict[str, asyncio.Event] = {}
@@ -70,8 +72,10 @@ class Engine:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode()
                 method, path, _ = head.split("\r\n")[0].split(" ")
-                length = next(int(line[15:]) for line in head.split("\r\n") if line.startswith("content-length:"))
-                body = json.loads(await reader.readexactly(length) or b"{}")
+                headers = dict(line.split(": ", 1) for line in head.strip().split("\r\n")[1:])
+                body = json.loads(await reader.readexactly(int(headers["content-length"])) or b"{}")
+                if path == "/generate":
+                    self.traces.append(headers.get("traceparent", ""))
                 if not await self._answer(f"{method} {path.partition('?')[0]}", body, reader, writer):
                     break
         writer.close()
@@ -139,7 +143,7 @@ class Engine:
         writer: asyncio.StreamWriter,
     ) -> bool:
         for count in range(1, len(script.ids) + (script.finish is None or script.cut)):
-            _event(writer, _chunk(script, count, None, len(body["input_ids"])))
+            _event(writer, _chunk(script, count, None, body))
             await writer.drain()
         ways = [asyncio.create_task(aborted.wait())]
         if script.go is not None:
@@ -154,23 +158,32 @@ class Engine:
             _event(writer, {"error": script.error})
         else:
             finish = {"type": "abort", "message": "Aborted"} if aborted.is_set() else script.finish
-            _event(writer, _chunk(script, len(script.ids), finish, len(body["input_ids"])))
+            _event(writer, _chunk(script, len(script.ids), finish, body))
         _write(writer, b"data: [DONE]\n\n")
         writer.write(b"0\r\n\r\n")
         await writer.drain()
         return True
 
 
-def _chunk(script: Script, count: int, finish: dict[str, Any] | None, prompt: int) -> dict[str, Any]:
+def logprob_of(token: int) -> float:
+    """What the stand-in says of any token; those beside it are its likeliest alternatives."""
+    return -token / 1024
+
+
+def _chunk(script: Script, count: int, finish: dict[str, Any] | None, body: dict[str, Any]) -> dict[str, Any]:
     meta = {
         "id": "x",
         "finish_reason": finish,
-        "prompt_tokens": prompt,
+        "prompt_tokens": len(body["input_ids"]),
         "completion_tokens": count,
         "cached_tokens": 2,
         "weight_version": "v1",
     }
     ids = script.ids[:count] if script.cumulative else script.ids[count - 1 : count]
+    if body.get("return_logprob"):
+        meta["output_token_logprobs"] = [(logprob_of(token), token, None) for token in ids]
+    if top := body.get("top_logprobs_num"):
+        meta["output_top_logprobs"] = [[(logprob_of(i), i, None) for i in range(i, i + top)] for i in ids]
     return {"text": "", "output_ids": ids, "meta_info": meta}
 
 

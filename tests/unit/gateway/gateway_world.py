@@ -6,14 +6,16 @@ import asyncio
 import contextlib
 import json
 import socket
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from engine_standin import Engine, engine
-from gateway_model import CARD, tokenizer, vocabulary
+from engine_standin import Engine, Script, engine
+from gateway_model import CARD, ids_of, tokenizer, vocabulary
+from opentelemetry.sdk.trace.export import SpanExporter
 
 from tandem.config import FleetConfig
 from tandem.core.types import FleetSnapshot, Group, GroupState, Role
@@ -23,16 +25,23 @@ from tandem.gateway.admission import Admission
 from tandem.gateway.app import App
 from tandem.gateway.auth import Authenticator
 from tandem.gateway.http_server import HttpServer
-from tandem.gateway.keys import KeyRing
+from tandem.gateway.keys import KeyRing, keep, mint, revoke
 from tandem.gateway.limits import LocalLimits
 from tandem.gateway.logs import RequestLog
 from tandem.gateway.metering import Meter
+from tandem.gateway.metric_observer import AdmissionMetrics
 from tandem.gateway.metrics import Metrics
 from tandem.gateway.pages import Pages
 from tandem.gateway.pairs import PairDriver
 from tandem.gateway.service import Service
 from tandem.gateway.tracing import Tracing
+from tandem.models.tokenizer import EOS_ID
 from tandem.state import Store, open_store
+
+
+def saying(text: str, **fields: Any) -> Script:
+    """An engine that says this, and ends as a model does."""
+    return Script(ids=[*ids_of(text), EOS_ID], finish={"type": "stop", "matched": EOS_ID}, **fields)
 
 
 @dataclass
@@ -49,8 +58,12 @@ class Answer:
 
     def events(self) -> list[Any]:
         """Server-sent events; `[DONE]` as the string."""
-        texts = [text.removeprefix("data: ") for text in self.body.decode().split("\n\n") if text.startswith("data: ")]
+        texts = [line.removeprefix("data: ") for line in self.body.decode().split("\n") if line.startswith("data: ")]
         return [text if text == "[DONE]" else json.loads(text) for text in texts]
+
+    def comments(self) -> int:
+        """Comments among the events: nothing but signs of life."""
+        return sum(text.startswith(":") for text in self.body.decode().split("\n\n"))
 
     def text(self) -> str:
         """The text of a streamed completion."""
@@ -90,9 +103,11 @@ class Call:
         assert self._writer is not None
         self._writer.transport.abort()
 
-    async def until_body(self) -> None:
-        """Wait until something of the answer has come."""
-        await self._news.wait()
+    async def until_body(self, part: bytes = b"") -> None:
+        """Wait until something of the answer has come, with `part` in it."""
+        while not self.answer.body or part not in self.answer.body:
+            self._news.clear()
+            await self._news.wait()
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         status, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().strip().split("\r\n")
@@ -136,6 +151,7 @@ class World:
     address: tuple[str, int]
     records: list[UsageRecord]
     store: Store
+    keys: KeyRing
 
     def call(self, path: str, body: object = None, headers: dict[str, str] | None = None, method: str = "") -> Call:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -150,6 +166,24 @@ class World:
     async def chat(self, **fields: Any) -> Answer:
         body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], **fields}
         return await self.call("/v1/chat/completions", body).run()
+
+    async def messages(self, **fields: Any) -> Answer:
+        body = {"model": "tiny", "max_tokens": 100, "messages": [{"role": "user", "content": "hi"}], **fields}
+        return await self.call("/v1/messages", body).run()
+
+    async def responses(self, **fields: Any) -> Answer:
+        return await self.call("/v1/responses", {"model": "tiny", "input": "hi", **fields}).run()
+
+    async def key(self, tenant: str) -> dict[str, str]:
+        """A new key of the tenant, as a client sends it."""
+        record, key = mint(tenant, now=time.time())
+        assert await keep(self.store, record)
+        await self.keys.loaded()
+        return {"authorization": f"Bearer {key}"}
+
+    async def revoke(self, key: dict[str, str]) -> None:
+        assert await revoke(self.store, key["authorization"].split("-")[1], now=time.time())
+        await self.keys.loaded()
 
     def group(self, name: str, **fields: Any) -> None:
         """Let the gateway see the group (so)."""
@@ -175,15 +209,23 @@ class World:
         assert (self.driver.table.open_requests, self.driver.table.open_rooms) == (0, 0)
         assert self.driver.router.open_legs == 0
 
+    async def until(self, true: Callable[[], bool]) -> None:
+        """Let the gateway work until it is so."""
+        async with asyncio.timeout(5):
+            while not true():
+                await asyncio.sleep(0.001)
+
     def metric(self, name: str, **labels: str) -> float:
         return self.service.metrics.registry.get_sample_value(name, labels) or 0.0
 
 
 @contextlib.asynccontextmanager
-async def world(*names: str, fleet: dict[str, Any] | None = None, **config: Any) -> AsyncIterator[World]:
+async def world(
+    *names: str, fleet: dict[str, Any] | None = None, exporter: SpanExporter | None = None, **config: Any
+) -> AsyncIterator[World]:
     """A gateway with groups of these names ("p…" prefill, "d…" decode), all ready.
 
-    `config`: fields of the gateway's configuration; `fleet`: others of the fleet's.
+    `config`: fields of the gateway's configuration; `fleet`: others of the fleet's; `exporter` gets its traces.
     """
     whole = FleetConfig.model_validate({"name": "test", "gateway": config, **(fleet or {})})
     async with contextlib.AsyncExitStack() as stack:
@@ -210,20 +252,25 @@ async def world(*names: str, fleet: dict[str, Any] | None = None, **config: Any)
             driver,
             metrics,
             authenticator=Authenticator(whole, keys),
-            admission=Admission(LocalLimits("g1", lambda: 1)),
+            admission=Admission(
+                LocalLimits("g1", lambda: 1),
+                max_waiting=whole.admission.max_waiting,
+                observer=AdmissionMetrics(metrics),
+            ),
             meter=meter,
-            tracing=Tracing(None),
-            log=RequestLog(),
-            queue_s=5.0,
+            tracing=Tracing(None, exporter=exporter),
+            log=RequestLog(log_prompts=whole.observability.log_prompts),
+            queue_s=whole.admission.queue_s,
             replica="g1",
         )
         stack.callback(service.close)
+        stack.push_async_callback(service.tracing.close)
         pages = Pages("g1", "test", service, lambda: FleetSnapshot(name="test"))
         server = HttpServer(App(service, pages))
         listener = socket.create_server(("127.0.0.1", 0))
         await server.start(listener)
         stack.callback(server.abort)
-        made = World(engines, driver, service, listener.getsockname(), meter.records, store)
+        made = World(engines, driver, service, listener.getsockname(), meter.records, store, keys)
         for name in names:
             made.group(name)
         yield made

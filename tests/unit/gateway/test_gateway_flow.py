@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 import pytest
 from engine_standin import Script
 from gateway_model import ids_of
-from gateway_world import world
+from gateway_world import saying, world
 
 from tandem.core.types import GroupState
 from tandem.models.tokenizer import EOS_ID
 
 SAID = "Hello, wörld 😀!"
-
-
-def saying(text: str, **fields: Any) -> Script:
-    """An engine that says this, and ends as a model does."""
-    return Script(ids=[*ids_of(text), EOS_ID], finish={"type": "stop", "matched": EOS_ID}, **fields)
 
 
 async def test_a_completion_comes_whole() -> None:

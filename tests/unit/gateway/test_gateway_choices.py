@@ -1,0 +1,277 @@
+"""Several answers to one request: choices of one prompt, and prompts of one completion."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from engine_standin import Script
+from gateway_model import ids_of, vocabulary
+from gateway_world import Answer, Call, World, saying, world
+
+from tandem.core.pair_events import Fail, Failure, FailureKind
+from tandem.core.routing import RouteAsk
+from tandem.gateway.answer import Answer as Reader
+from tandem.gateway.bell import Bell
+from tandem.gateway.errors import ApiError
+from tandem.gateway.metrics import Metrics
+from tandem.gateway.reply import Reply, Run
+from tandem.gateway.ticket import Ticket
+
+COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
+BROKEN = {"type": "abort", "message": "gone", "status_code": 500}
+WORDS = ["one", "two", "three", "four", "five", "six"]
+
+
+def say(w: World, *texts: str) -> None:
+    """What the engine says to the requests that come, in their order."""
+    w.engines["d0"].scripts.extend(saying(text) for text in texts)
+
+
+def streamed(answer: Answer) -> dict[int, str]:
+    """The text of each choice of a stream."""
+    texts: dict[int, str] = {}
+    for event in answer.events()[:-1]:
+        for choice in event["choices"]:
+            text = choice["text"] if "text" in choice else choice["delta"].get("content") or ""
+            texts[choice["index"]] = texts.get(choice["index"], "") + text
+    return texts
+
+
+def seeds(w: World) -> list[int | None]:
+    return [body["sampling_params"].get("sampling_seed") for body in w.engines["d0"].bodies]
+
+
+async def begun(w: World, **fields: Any) -> tuple[Call, asyncio.Task[Answer]]:
+    """A streamed completion that has sent something, and whose answer goes on."""
+    call = w.call("/v1/completions", {"model": "tiny", "prompt": [5, 6], "stream": True, **fields})
+    running = asyncio.create_task(call.run())
+    await call.until_body()
+    return call, running
+
+
+async def test_choices_are_numbered_and_the_prompt_counts_once() -> None:
+    async with world("p0", "d0") as w:
+        say(w, *WORDS[:3])
+        found = (await w.complete(n=3)).json()
+    assert [(c["index"], c["text"], c["finish_reason"]) for c in found["choices"]] == [
+        (0, "one", "stop"),
+        (1, "two", "stop"),
+        (2, "three", "stop"),
+    ]
+    assert found["usage"]["prompt_tokens"] == 2
+    assert found["usage"]["completion_tokens"] == sum(len(ids_of(word)) + 1 for word in WORDS[:3])
+
+
+async def test_each_prompt_of_a_list_is_answered_n_times_and_counts_once() -> None:
+    async with world("p0", "d0") as w:
+        say(w, *WORDS)
+        found = (await w.complete(prompt=[[5], [6, 7], [8, 9, 10]], n=2)).json()
+        asked = [body["input_ids"] for body in w.engines["d0"].bodies]
+    assert [choice["text"] for choice in found["choices"]] == WORDS
+    assert asked == [[5], [5], [6, 7], [6, 7], [8, 9, 10], [8, 9, 10]]
+    assert found["usage"]["prompt_tokens"] == 6
+
+
+async def test_a_stream_of_choices_has_the_same_texts_reasons_and_usage() -> None:
+    async with world("p0", "d0") as w:
+        say(w, *WORDS[:4], *WORDS[:4])
+        fields = {"prompt": ["a", "b c"], "n": 2}
+        whole = (await w.complete(**fields)).json()
+        answer = await w.complete(**fields, stream=True, stream_options={"include_usage": True})
+    *events, usage, done = answer.events()
+    ends = sorted(c["index"] for event in events for c in event["choices"] if c["finish_reason"] == "stop")
+    assert streamed(answer) == dict(enumerate(WORDS[:4]))
+    assert (ends, done) == ([0, 1, 2, 3], "[DONE]")
+    assert [usage["usage"][name] for name in COUNTS] == [whole["usage"][name] for name in COUNTS]
+
+
+async def test_choices_of_a_chat_stream_each_tell_their_role() -> None:
+    async with world("p0", "d0") as w:
+        say(w, "hm</think>one", "hm</think>two")
+        answer = await w.chat(n=2, stream=True)
+    roles = [c["index"] for e in answer.events()[:-1] for c in e["choices"] if "role" in c["delta"]]
+    assert (sorted(roles), streamed(answer)) == ([0, 1], {0: "one", 1: "two"})
+
+
+async def test_cached_tokens_are_those_of_each_prompt_once() -> None:
+    async with world("p0", "d0") as w:
+        go = w.engines["d0"].default.go = asyncio.Event()
+        running = asyncio.create_task(w.complete(prompt=[[5, 6, 7], [8]], n=2))
+        await w.until(lambda: w.metric("tandem_legs_total", role="prefill", group="p0", outcome="ok") == 4)
+        go.set()
+        usage = (await running).json()["usage"]
+    # The stand-in says 2 of each prompt; of one that has a single token it cannot be more than that.
+    assert (usage["prompt_tokens"], usage["prompt_cache_hit_tokens"]) == (4, 3)
+
+
+async def test_choices_without_a_seed_get_different_ones() -> None:
+    async with world("p0", "d0") as w:
+        await w.complete(n=3)
+        assert None not in seeds(w)
+        assert len(set(seeds(w))) == 3
+
+
+async def test_a_seed_gives_each_choice_its_own_and_the_same_again() -> None:
+    async with world("p0", "d0") as w:
+        await w.complete(n=3, seed=7)
+        await w.complete(n=3, seed=7)
+        await w.complete(seed=7)
+        await w.complete()
+        found = seeds(w)
+    assert len(set(found[:3])) == 3
+    assert found[3:6] == found[:3]
+    assert found[6:] == [7, None]
+
+
+async def test_both_legs_of_a_choice_have_its_seed_and_a_room_of_its_own() -> None:
+    async with world("p0", "d0") as w:
+        await w.complete(n=3)
+        of = {
+            name: {body["bootstrap_room"]: body["sampling_params"]["sampling_seed"] for body in w.engines[name].bodies}
+            for name in ("p0", "d0")
+        }
+    assert of["p0"] == of["d0"]
+    assert len(of["p0"]) == 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_echo_puts_each_prompt_before_its_answers(stream: bool) -> None:
+    async with world("p0", "d0") as w:
+        say(w, *WORDS[:4])
+        answer = await w.complete(prompt=["A: ", "B: "], n=2, echo=True, stream=stream)
+    texts = list(streamed(answer).values()) if stream else [choice["text"] for choice in answer.json()["choices"]]
+    assert texts == ["A: one", "A: two", "B: three", "B: four"]
+
+
+async def test_stop_strings_end_each_choice_where_it_has_one() -> None:
+    async with world("p0", "d0") as w:
+        w.engines["d0"].scripts.append(Script(ids=ids_of("one END more"), finish=None))
+        say(w, "two", "three END")
+        found = (await w.complete(n=3, stop=["END"])).json()
+        await w.engines["d0"].idle()
+        assert [choice["text"] for choice in found["choices"]] == ["one ", "two", "three "]
+        assert w.engines["d0"].aborted[0] == w.engines["d0"].bodies[0]["rid"]
+
+
+async def test_a_choice_that_is_over_does_not_end_the_others() -> None:
+    async with world("p0", "d0") as w:
+        go = asyncio.Event()
+        w.engines["d0"].scripts.extend([saying("two words", go=go), saying("one")])
+        call = w.call("/v1/completions", {"model": "tiny", "prompt": [5, 6], "n": 2, "stream": True})
+        running = asyncio.create_task(call.run())
+        await call.until_body(b'"index":1,"text":"","logprobs":null,"finish_reason":"stop"')
+        go.set()
+        answer = await running
+    assert streamed(answer) == {0: "two words", 1: "one"}
+
+
+async def test_a_choice_that_fails_fails_the_whole_answer_and_aborts_the_others() -> None:
+    async with world("p0", "d0") as w:
+        go = asyncio.Event()
+        w.engines["d0"].scripts.extend([Script(finish=None), Script(finish=BROKEN, go=go), Script(finish=None)])
+        running = asyncio.create_task(w.complete(n=3))
+        await w.engines["d0"].until(lambda: len(w.engines["d0"].running) == 3)
+        await w.until(lambda: w.metric("tandem_delivered_tokens_total") == 8)
+        go.set()
+        answer = await running
+        for one in w.engines.values():
+            await one.idle()
+        rids = [body["rid"] for body in w.engines["d0"].bodies]
+        assert (answer.status, answer.json()["error"]["code"]) == (503, "engine_failure")
+        assert sorted(w.engines["d0"].aborted) == sorted([rids[0], rids[2]])
+
+
+async def test_a_choice_that_fails_in_mid_stream_is_an_error_event_and_aborts_the_others() -> None:
+    async with world("p0", "d0") as w:
+        go = asyncio.Event()
+        w.engines["d0"].scripts.extend([Script(finish=None), Script(finish=BROKEN, go=go)])
+        _, running = await begun(w, n=2)
+        await w.until(lambda: w.metric("tandem_delivered_tokens_total") == 5)
+        go.set()
+        answer = await running
+        for one in w.engines.values():
+            await one.idle()
+        assert answer.complete
+        assert answer.events()[-1]["error"]["code"] == "engine_failure"
+        assert w.engines["d0"].aborted == [w.engines["d0"].bodies[0]["rid"]]
+
+
+class NoDriver:
+    """Hears which choices are not wanted any more."""
+
+    def __init__(self) -> None:
+        self.gone: list[str] = []
+
+    def client_gone(self, ticket: Ticket) -> None:
+        self.gone.append(ticket.request)
+
+
+def half_read(driver: NoDriver) -> Reply:
+    """A reply of two choices that nothing drives."""
+    bell = Bell()
+    reply = Reply(bell, [[5]], Metrics().tenant("a"), 0.0, None)
+    for index in range(2):
+        ticket = Ticket(f"r-{index}", b"", RouteAsk([5]), bell)
+        answer = Reader(vocabulary(), stops=(), chat=False, thinking=False)
+        reply.add(Run(index, ticket, answer, driver, reply))  # type: ignore[arg-type]
+    return reply
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("last", ["", "half"])
+async def test_what_has_come_with_a_failure_goes_out_before_it(failing: int, last: str) -> None:
+    driver = NoDriver()
+    reply = half_read(driver)
+    fails, other = reply.runs[failing].ticket, reply.runs[1 - failing].ticket
+    fails.deliver(ids_of(last))
+    fails.finish(Fail(request="r", failure=Failure(kind=FailureKind.BROKEN, message="cut"), delivered=1))
+    other.deliver(ids_of("said"))
+    texts = {step.index: step.piece.content for step in await reply.next()}
+    assert texts == {1 - failing: "said"} | ({failing: last} if last else {})
+    other.deliver(ids_of("too late"))
+    with pytest.raises(ApiError):
+        await reply.next()
+    assert other.request in driver.gone
+
+
+async def test_a_client_that_leaves_ends_the_legs_of_all_choices() -> None:
+    async with world("p0", "d0") as w:
+        for one in w.engines.values():
+            one.default = Script(finish=None)
+        call, running = await begun(w, n=3)
+        await w.until(lambda: w.metric("tandem_delivered_tokens_total") == 9)
+        call.leave()
+        await running
+        for one in w.engines.values():
+            await one.idle()
+            assert sorted(one.aborted) == sorted(body["rid"] for body in one.bodies)
+            assert len(one.bodies) == 3
+
+
+async def test_a_choice_is_retried_alone() -> None:
+    async with world("p0", "d0") as w:
+        w.engines["p0"].default = Script(ids=[], finish=None)
+        w.engines["d0"].scripts.append(saying("one"))
+        w.engines["d0"].scripts.append(Script(status=500))
+        say(w, "two")
+        found = (await w.complete(n=2)).json()
+        assert [choice["text"] for choice in found["choices"]] == ["one", "two"]
+        assert len(w.engines["d0"].bodies) == 3
+
+
+async def test_logprobs_of_choices_stay_apart() -> None:
+    async with world("p0", "d0") as w:
+        say(w, "one", "two")
+        found = (await w.complete(n=2, logprobs=0)).json()
+    for choice, word in zip(found["choices"], ["one", "two"], strict=True):
+        assert "".join(choice["logprobs"]["tokens"]) == word
+
+
+async def test_every_token_of_every_choice_is_counted_as_delivered() -> None:
+    async with world("p0", "d0") as w:
+        say(w, *WORDS[:3])
+        usage = (await w.complete(n=3)).json()["usage"]
+        assert w.metric("tandem_delivered_tokens_total") == usage["completion_tokens"]
+        assert w.metric("tandem_time_to_first_token_seconds_count") == 1
