@@ -183,7 +183,7 @@ class RoutingConfig(_Section):
 
 
 class AdmissionConfig(_Section):
-    """How many requests run at once, and how long others wait (docs/admission.md)."""
+    """How many requests run at once, and how long others wait (docs/access.md)."""
 
     running_per_decode_rank: int = Field(
         64, ge=1, description="Requests that run at once for each DP rank of the decode groups; the others wait here."

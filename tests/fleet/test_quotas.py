@@ -71,6 +71,7 @@ class Place:
         self.name = name
         self.store = store
         self.engines = engines
+        self.replicas: list[GatewayReplica] = []
         self.urls: list[str] = []
         self.limits: list[SharedLimits] = []
         self.keys: dict[str, bytes] = {}
@@ -119,22 +120,25 @@ class Place:
         await self.settled()
 
     async def statement(self, tenants: Collection[str]) -> list[UsageRecord]:
-        """The usage records of these tenants, as soon as there are as many as they made requests."""
+        """Stop the replicas; the usage records of these tenants in the end, at least one for each of their requests."""
+        await self.stop()
         expected = sum(self.answered[tenant].total() for tenant in tenants)
         stream = UsageStream(self.redis.url, fleet=self.name)
         found: list[UsageRecord] = []
         try:
             async with asyncio.timeout(WITHIN_S):
                 while len(found) < expected:
-                    await asyncio.sleep(0.05)
                     all_records = [msgspec.json.decode(line, type=UsageRecord) async for line in stream.read()]
                     found = [record for record in all_records if record.tenant in tenants]
+                    await asyncio.sleep(0.01)
         finally:
             await stream.close()
         return found
 
-    async def close(self) -> None:
+    async def stop(self) -> None:
+        """Stop the replicas. Idempotent."""
         await self._pool.close()
+        await asyncio.gather(*(asyncio.to_thread(replica.stop, 2) for replica in self.replicas))
 
 
 async def until(holds: Callable[[], bool]) -> None:
@@ -158,7 +162,6 @@ async def place(folder: Path, monkeypatch: pytest.MonkeyPatch, **tenants: dict[s
     model_folder(folder / "tiny")
     redis = KeptRedis()
     redis.start()
-    replicas: list[GatewayReplica] = []
     try:
         store = await open_store(redis.url, fleet=name, folder=folder, deadline=WITHIN_S)
         async with engine("prefill") as prefill, engine("decode") as decode:
@@ -176,17 +179,15 @@ async def place(folder: Path, monkeypatch: pytest.MonkeyPatch, **tenants: dict[s
                 replica = GatewayReplica(
                     config, model_path=folder / "tiny", store_url=redis.url, folder=folder / "store"
                 )
-                replicas.append(replica)
+                made.replicas.append(replica)
                 made.urls.append((await asyncio.to_thread(replica.start, WITHIN_S)).url)
             await until(lambda: {limits._local._replicas() for limits in made.limits} == {REPLICAS})
-            yield made
-            await made.close()
-            await asyncio.gather(*(asyncio.to_thread(replica.stop, 2) for replica in replicas))
-            replicas.clear()
+            try:
+                yield made
+            finally:
+                await made.stop()
         await store.close()
     finally:
-        for replica in replicas:
-            await asyncio.to_thread(replica.stop, 0)
         redis.remove()
 
 

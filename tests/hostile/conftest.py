@@ -23,3 +23,20 @@ def gateway(_stage: Stage) -> Iterator[Stage]:
     _stage.faults()
     yield _stage
     _stage.check()
+
+
+@pytest.fixture(scope="module")
+def _flooded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    says = ["--longest", "4000", "--ttft-ms", "5", "--itl-ms", "100"]
+    with stage(tmp_path_factory.mktemp("flooded"), *says) as made:
+        for _ in range(4):
+            assert made.complete()[0] == 200
+        yield made
+
+
+@pytest.fixture
+def flooded(_flooded: Stage) -> Iterator[Stage]:
+    """One whose workers take their time. After the test nothing may be left of it, and no fault be in its log."""
+    _flooded.faults()
+    yield _flooded
+    _flooded.check()

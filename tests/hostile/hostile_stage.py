@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
 from bench.gateway.processes import Process
 
 HERE = Path(__file__).parent

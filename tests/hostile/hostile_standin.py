@@ -1,4 +1,4 @@
-"""The benchmark's stand-in workers, but that none says more than it was told to: a hostile request may ask for anything.
+"""The benchmark's stand-in workers, but that none says more than it was told to: hostile requests ask for anything.
 
 `python -m hostile_standin --longest 4` prints the URLs by role as a JSON line, and ends with its standard input.
 """
@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import orjson
 import uvloop
+
 from bench.gateway import standin
 
 

@@ -41,7 +41,7 @@ def _rest(connection: socket.socket, end: float) -> tuple[bytes, bool]:
 def shout(address: Address, conversations: Sequence[Sequence[bytes]], within: float) -> list[bytes]:
     """What came of each conversation by then; all at once, each on a connection of its own that is then reset."""
     connections = [socket.create_connection(address, timeout=5) for _ in conversations]
-    found = {connection: b"" for connection in connections}
+    found = dict.fromkeys(connections, b"")
     try:
         for connection, pieces in zip(connections, conversations, strict=True):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -18,7 +18,6 @@ CHECKS = [
     openapi_checks.status_code_conformance,
     openapi_checks.content_type_conformance,
     openapi_checks.response_headers_conformance,
-    openapi_checks.response_schema_conformance,
     openapi_checks.negative_data_rejection,
     openapi_checks.unsupported_method,
 ]
@@ -49,6 +48,9 @@ def test_every_operation_answers_as_it_is_described(
     @given(case=operation.as_strategy(generation_mode=mode))
     @settings(max_examples=cases, suppress_health_check=list(HealthCheck), database=None)
     def ask(case: schemathesis.Case) -> None:
-        case.call_and_validate(checks=CHECKS, timeout=WITHIN_S)
+        response = case.call(timeout=WITHIN_S)
+        # The document says that a stream is text; schemathesis takes that for a schema of each event in it.
+        whole = "text/event-stream" not in response.headers["content-type"][0]
+        case.validate_response(response, checks=[*CHECKS, *([openapi_checks.response_schema_conformance] * whole)])
 
     ask()

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from tandem.cli.https import Access, AccessError, GatewayClient
 from tandem.cli.main import app
 from tandem.config import FleetConfig
+from tandem.config_file import parse_config
 from tandem.core.types import GatewayReplica as Record
 from tandem.core.types import Group, GroupState, Role
 from tandem.fleet.run_folder import HostRecord, RunFolder
@@ -218,3 +219,11 @@ async def test_a_key_with_a_line_break_goes_nowhere() -> None:
 
 def test_what_is_printed_of_the_access_has_no_key() -> None:
     assert "tdm-secret" not in repr(Access(key="tdm-secret"))
+
+
+def test_the_examples_of_the_documentation_are_configurations() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "access.md").read_text(encoding="utf-8")
+    examples = [block.partition("```")[0] for block in text.split("```yaml\n")[1:]]
+    configs = [parse_config(example, "access.md") for example in examples]
+    assert len(configs) == 3
+    assert set(configs[-1].tenants) == {"acme", "nightly", "trial"}

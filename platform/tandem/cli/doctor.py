@@ -65,7 +65,8 @@ def examine(config: FleetConfig) -> Iterator[Finding]:
     yield _rdma()
     for name, host, port in (
         ("HTTP port", config.gateway.host, config.gateway.port),
-        ("gRPC port", config.control.host, config.control.port),
+        ("gRPC port", config.gateway.host, config.gateway.grpc_port),
+        ("control port", config.control.host, config.control.port),
     ):
         yield _port(name, host, port)
     yield _redis()

@@ -122,7 +122,8 @@ class PairTable:
         self._rooms: dict[int, _Room] = {}
         self._lost: dict[str, int] = {}
         self._timers: list[tuple[float, int, str]] = []
-        self._timer_serial = 0
+        self.timers_set = 0
+        """Rises with each deadline that is set: as long as it stays, `next_deadline` comes no earlier than before."""
         self._lingering: deque[tuple[float, int]] = deque()
         self._handlers: dict[type[Event], Callable[[Any, float], list[Action]]] = {
             Submit: self._submit,
@@ -249,6 +250,7 @@ class PairTable:
         actions.append(Finish(request=request.name, reason=event.reason))
         if room.legs[Role.PREFILL] is not LegState.CLOSED:
             self._lingering.append((now + self._linger_s, room.room))
+            self.timers_set += 1
         return actions
 
     def _failed(self, event: LegFailed, now: float) -> list[Action]:
@@ -324,8 +326,8 @@ class PairTable:
 
     def _arm(self, request: _Request) -> None:
         # At least one entry per request is at or before its due time; stale ones are dropped or put back by `_tick`.
-        self._timer_serial += 1
-        heapq.heappush(self._timers, (request.due(), self._timer_serial, request.name))
+        self.timers_set += 1
+        heapq.heappush(self._timers, (request.due(), self.timers_set, request.name))
 
     # Consequences
 

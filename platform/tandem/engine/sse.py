@@ -24,6 +24,15 @@ class SseParser:
 
     def feed(self, piece: bytes) -> list[bytes]:
         """Take the next bytes; raises EventTooLong."""
+        if (
+            piece.startswith(b"data: ")
+            and piece.endswith(b"\n\n")
+            and piece.count(b"\n") == 2
+            and b"\r" not in piece
+            and not (self._rest or self._data or self._after_cr)
+        ):
+            # One whole event, as nearly all are.
+            return [piece[6:-2]]
         if self._after_cr and piece:
             # A CRLF that was split between the two.
             self._after_cr = False

@@ -131,6 +131,7 @@ class Admission:
         self._table = AdmissionTable(max_waiting=max_waiting, max_waiting_tokens=max_waiting_tokens)
         self._waiters: dict[str, tuple[asyncio.Future[float], Submit]] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_due = 0.0
         self._closed = False
         self._clock: Callable[[], float] = asyncio.get_running_loop().time
         self._tell(Capacity(slots=slots))
@@ -255,11 +256,12 @@ class Admission:
 
     def _arm(self) -> None:
         due = self._table.next_deadline()
-        if self._timer is not None and (due is None or self._timer.when() != due):
+        if self._timer is not None and (due is None or self._timer_due != due):
             self._timer.cancel()
             self._timer = None
         if due is not None and self._timer is None and not self._closed:
-            self._timer = asyncio.get_running_loop().call_at(due, self._tick)
+            # Kept here, as uvloop's handle of a time that is due already does not tell it.
+            self._timer, self._timer_due = asyncio.get_running_loop().call_at(due, self._tick), due
 
     def _tick(self) -> None:
         self._timer = None

@@ -138,12 +138,10 @@ class _Stream:
             self._timer.cancel()
 
     def _failed(self, error: ApiError) -> bytes:
-        failed = getattr(self._writer, "failed", None)
-        request_id = self._exchange.request_id.decode()
-        if failed is not None:
-            told: bytes = failed(error, request_id)
-            return told
-        return self._asked.endpoint.error_event(error, request_id)
+        # A stream that has said nothing but that it lives still begins as all do.
+        opening, self._opening = self._opening or b"", None
+        tell: Callable[[ApiError, str], bytes] = getattr(self._writer, "failed", self._asked.endpoint.error_event)
+        return opening + tell(error, self._exchange.request_id.decode())
 
     async def _step(self) -> bool:
         writer = self._writer

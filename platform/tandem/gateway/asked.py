@@ -58,6 +58,7 @@ class Asked:
         self._headers = headers
         self._certificate = certificate
         self._service = service
+        self._known = False
         self._closed = False
         service.metrics.in_flight.inc()
 
@@ -75,6 +76,7 @@ class Asked:
     async def identify(self) -> None:
         """Find out who asks. Raises ApiError."""
         self.identity = await self._service.authenticator.identify(self._headers, self._certificate)
+        self._known = True
 
     async def begin(self, body: Body) -> Reply:
         """Everything up to the engines. Raises ApiError, ClientLeft."""
@@ -117,8 +119,10 @@ class Asked:
         if self._closed:
             return
         self._closed = True
-        self.leave()
-        record = self._record(outcome_of(error))
+        outcome = outcome_of(error)
+        if self.reply is not None:
+            self.reply.close(outcome)
+        record = self._record(outcome)
         if self.permit is not None:
             self.permit.leave(record.completion_tokens)
         service = self._service
@@ -132,7 +136,9 @@ class Asked:
                 cached=record.cached_tokens, completion=record.completion_tokens, reasoning=record.reasoning_tokens
             )
         tenant.done(self.endpoint.name, record.outcome, record.seconds)
-        service.meter.record(record)
+        if self._known:
+            # Who has not said who he is uses nothing, and must not be able to fill the sink.
+            service.meter.record(record)
         self._log(record, error)
         self.trace.end(
             record.outcome,
@@ -140,6 +146,7 @@ class Asked:
             cached_tokens=record.cached_tokens,
             completion_tokens=record.completion_tokens,
             reasoning_tokens=record.reasoning_tokens,
+            finish_reasons=self.reply.reasons if self.reply is not None else (),
         )
 
     def _record(self, outcome: str) -> UsageRecord:
@@ -165,6 +172,7 @@ class Asked:
             choices=wanted.choices if wanted is not None else 1,
             seconds=now - self.arrived,
             ttft_seconds=None if first is None else first - self.arrived,
+            service_seconds=sum(ticket.service_seconds(now) for ticket in tickets),
             outcome=outcome,
             attempts=sum(ticket.attempts for ticket in tickets),
             user=wanted.user if wanted is not None else "",

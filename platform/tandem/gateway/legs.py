@@ -110,6 +110,7 @@ class Leg:
         self._trace = trace
         self._loop = asyncio.get_running_loop()
         self._began = self._loop.time()
+        ticket.leg_begun(self._began)
         self._connecting: asyncio.Task[None] | None = None
         self._response: Response | None = None
         self._stream: TokenStream | None = None
@@ -225,7 +226,9 @@ class Leg:
         self._over.set()
         if self._trace is not None:
             self._trace.end(outcome_of(event))
-        self._owner.leg_over(self, event, self._loop.time() - self._began)
+        now = self._loop.time()
+        self.ticket.leg_over(self._began, now)
+        self._owner.leg_over(self, event, now - self._began)
         self._owner.tell(event)
 
     async def _abort(self, notify: bool) -> None:

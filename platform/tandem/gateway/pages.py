@@ -77,6 +77,7 @@ class Pages:
         """The page at `path`, for this tenant. Raises ApiError."""
         if path in self._tools:
             _check_method(method, path, "POST")
+            check_model(tenant, self._card.name)
             tool = self._tools[path]
             found = await self._service.work(len(body), lambda: tool(parse_json(body)))
             return 200, b"application/json", found

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections import deque
 from collections.abc import Callable
 
 from tandem.core.pair_events import (
@@ -69,6 +68,8 @@ class PairDriver:
         self.tasks: set[asyncio.Task[None]] = set()
         """What runs for legs now; the loop itself keeps no strong reference."""
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_due = 0.0
+        self._timers_seen = 0
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -133,25 +134,30 @@ class PairDriver:
     def tell(self, event: Event) -> None:
         """Give the table an event and carry out all that follows."""
         now = self._loop.time()
-        todo: deque[Action] = deque(self.table.handle(event, now))
-        while todo:
-            answer = self._do(todo.popleft())
-            if answer is not None:
-                todo.extend(self.table.handle(answer, now))
-        self._arm()
+        actions = self.table.handle(event, now)
+        while actions:
+            further: list[Action] = []
+            for action in actions:
+                if type(action) is Deliver:  # most of all there is
+                    self._deliver(action, now)
+                elif (answer := self._do(action, now)) is not None:
+                    further += self.table.handle(answer, now)
+            actions = further
+        if self.table.timers_set != self._timers_seen:
+            self._arm()
         if not self.table.open_requests and not self.table.open_rooms:
             self._idle.set()
 
-    def _do(self, action: Action) -> Event | None:
+    def _deliver(self, action: Deliver, now: float) -> None:
+        self.router.grow(action.room, len(action.ids), now)
+        ticket = self._tickets[action.request]
+        if ticket.prefilled is not None:
+            self._metrics.kv_transferred(now - ticket.prefilled)
+            ticket.prefilled = None
+        ticket.deliver(action.ids)
+
+    def _do(self, action: Action, now: float) -> Event | None:
         match action:
-            case Deliver(request=request, room=room, ids=ids):
-                now = self._loop.time()
-                self.router.grow(room, len(ids), now)
-                ticket = self._tickets[request]
-                if ticket.prefilled is not None:
-                    self._metrics.kv_transferred(now - ticket.prefilled)
-                    ticket.prefilled = None
-                ticket.deliver(ids)
             case NeedPair():
                 return self._choose(action)
             case SendLeg(request=request, room=room, role=role):
@@ -160,7 +166,7 @@ class PairDriver:
                 self._metrics.aborts.labels(role.value, reason).inc()
                 self._legs[room, role].abort(notify=notify)
             case LegReleased(room=room, role=role):
-                self.router.release(room, role, self._loop.time())
+                self.router.release(room, role, now)
                 self._legs.pop((room, role), None)
             case Finish(request=request) | Fail(request=request):
                 self._tickets.pop(request).finish(action)
@@ -228,13 +234,16 @@ class PairDriver:
         self._metrics.leg_ended(leg.role.value, leg.target.group, outcome_of(event), seconds)
 
     def _arm(self) -> None:
+        self._timers_seen = self.table.timers_set
         due = self.table.next_deadline()
-        if due is None or (self._timer is not None and self._timer.when() <= due):
+        if due is None or (self._timer is not None and self._timer_due <= due):
             return
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self._loop.call_at(due, self._tick)
+        # Kept here, as uvloop's handle of a time that is due already does not tell it.
+        self._timer, self._timer_due = self._loop.call_at(due, self._tick), due
 
     def _tick(self) -> None:
         self._timer = None
         self.tell(Tick())
+        self._arm()

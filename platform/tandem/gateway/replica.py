@@ -109,9 +109,10 @@ class GatewayReplica:
         for _ in range(32):
             try:
                 health = _health(self._record.url, within, self._config.gateway.tls)
-            except ssl.SSLError as error:
-                # It answers; a client certificate is wanted, and ours is none of the clients'.
-                log.debug("%s/health: %s", self._record.url, error)
+            except (ssl.SSLError, ConnectionResetError) as error:
+                # It answers: it wants a client's certificate, and ours is none. (uvloop closes without an alert.)
+                if not _wants_certificates(self._config.gateway.tls):
+                    raise ReplicaError(f"{self._record.url}/health does not answer: {error}") from error
                 return
             except (OSError, ValueError, http.client.HTTPException) as error:
                 raise ReplicaError(f"{self._record.url}/health does not answer: {error}") from error
@@ -139,6 +140,11 @@ class GatewayReplica:
         except ConnectionRefusedError:
             # Ours is bound but does not listen yet, so nobody does.
             return listener
+        except (ssl.SSLError, ConnectionResetError):
+            # Somebody does who wants certificates, as we do: it cannot be asked who it is.
+            if _wants_certificates(self._config.gateway.tls):
+                return listener
+            health = {}
         except (OSError, ValueError, http.client.HTTPException):
             health = {}
         if health.get("fleet") == self._config.name:
@@ -238,6 +244,11 @@ def _health(url: str, within: float, tls: TlsConfig | None) -> dict[str, str]:
         return msgspec.json.decode(answer.read(), type=dict[str, str])
     finally:
         connection.close()
+
+
+def _wants_certificates(tls: TlsConfig | None) -> bool:
+    """Whether a gateway speaks to nobody without a client certificate, itself included."""
+    return tls is not None and tls.client_ca is not None and tls.client_certificates == "required"
 
 
 def _own_address(wildcard: str) -> str:

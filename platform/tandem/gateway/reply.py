@@ -16,6 +16,7 @@ from tandem.gateway.exchange import ClientLeft
 from tandem.gateway.metrics import TenantMetrics
 from tandem.gateway.pairs import PairDriver
 from tandem.gateway.ticket import Ticket
+from tandem.gateway.tracing import Phase, RequestTrace
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,6 +37,8 @@ class Run:
         self.answer = answer
         self.failed: Fail | None = None
         self.over = False
+        self.reason = ""
+        """The finish reason, once it is complete."""
         self._driver = driver
         self._reply = reply
         self._last = 0.0
@@ -69,7 +72,8 @@ class Run:
     def _finish(self, piece: Piece, reason: str) -> Step:
         self.over = True
         rest = self.answer.end()
-        return Step(index=self.index, piece=piece + rest if rest else piece, reason=self.answer.reason(reason))
+        self.reason = self.answer.reason(reason)
+        return Step(index=self.index, piece=piece + rest if rest else piece, reason=self.reason)
 
 
 class Reply:
@@ -82,6 +86,7 @@ class Reply:
         metrics: TenantMetrics,
         arrived: float,
         permit: Permit | None,
+        trace: RequestTrace,
     ) -> None:
         """`prompts`: token ids of each prompt; the choices of one follow each other. `arrived` on the loop's clock."""
         self.runs: list[Run] = []
@@ -94,6 +99,8 @@ class Reply:
         self._metrics = metrics
         self._arrived = arrived
         self._permit = permit
+        self._trace = trace
+        self._streaming: Phase | None = None
         self._loop = asyncio.get_running_loop()
         self._open: list[Run] = []
         self._failed: Fail | None = None
@@ -106,10 +113,11 @@ class Reply:
     async def next(self) -> list[Step]:
         """Wait for news. Raises ApiError when a choice has failed, ClientLeft when nobody waits."""
         while True:
+            if self._failed is None:
+                await self._bell.wait()
             steps = self._take()
             if steps:
                 return steps
-            await self._bell.wait()
 
     def leave(self) -> None:
         """Nobody wants the rest: all legs are ended. Harmless when it is over."""
@@ -122,11 +130,23 @@ class Reply:
             self._metrics.tokens_between(now - last, tokens)
         elif self.first is None:
             self.first = now
+            self._streaming = self._trace.phase("stream")
             self._metrics.first_token(now - self._arrived, tokens)
             if self._permit is not None:
                 self._permit.started()
         else:
             self._metrics.delivered(tokens)
+
+    def close(self, outcome: str) -> None:
+        """It is over; nothing more is read."""
+        self.leave()
+        if self._streaming is not None:
+            self._streaming.end(outcome)
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why the choices that are complete have ended."""
+        return [run.reason for run in self.runs if run.reason]
 
     def so_far(self) -> Usage:
         """What was read until now."""
@@ -143,7 +163,7 @@ class Reply:
             raise self._error(self._failed)
         steps: list[Step] = []
         now = self._loop.time()
-        for run in list(self._open):
+        for run in tuple(self._open):
             step = run.take(now)
             if run.failed is not None:
                 self._failed = run.failed

@@ -30,8 +30,9 @@ from tandem.gateway.ticket import Ticket
 from tandem.gateway.tokenize import ChatPrompt, Tokenizer
 from tandem.gateway.tracing import Tracing
 
-INLINE_BYTES = 4096
-"""Bodies up to this size are parsed and tokenized on the event loop (about a millisecond); larger ones in a thread."""
+INLINE_BYTES = 32 * 1024
+"""Bodies up to this size are parsed and tokenized on the event loop, mostly in less than a millisecond: handing them to a
+thread and back costs as much. Larger ones go to a thread."""
 
 Body = bytes | Mapping[str, Any]
 _T = TypeVar("_T")
@@ -104,7 +105,7 @@ class Service:
         """Send it on its way."""
         wanted, bell = prepared.wanted, Bell()
         tenant = self.metrics.tenant(asked.identity.tenant.name)
-        reply = Reply(bell, prepared.prompt_ids, tenant, asked.arrived, asked.permit)
+        reply = Reply(bell, prepared.prompt_ids, tenant, asked.arrived, asked.permit, asked.trace)
         asks = [
             RouteAsk(prompt.ids, asked.session, output_tokens=wanted.max_tokens or 0) for prompt in prepared.prompts
         ]

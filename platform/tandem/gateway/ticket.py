@@ -47,11 +47,26 @@ class Ticket:
         self.coming: list[Logprob] | None = None
         """Logprobs of the tokens that the table is being told of."""
         self.end: Finish | Fail | None = None
+        self._begun: list[float] = []
+        self._worked = 0.0
 
     @property
     def prompt(self) -> Sequence[int]:
         """Token ids."""
         return self.ask.prompt
+
+    def leg_begun(self, at: float) -> None:
+        """An engine gets to work for it; times are on the loop's clock."""
+        self._begun.append(at)
+
+    def leg_over(self, begun: float, at: float) -> None:
+        """The leg that began then is over."""
+        self._begun.remove(begun)
+        self._worked += at - begun
+
+    def service_seconds(self, now: float) -> float:
+        """How long engines have been at work for it, all legs together."""
+        return self._worked + sum(now - begun for begun in self._begun)
 
     def deliver(self, ids: list[int]) -> None:
         self.ids = self.ids + ids if self.ids else ids

@@ -30,6 +30,8 @@ MAX_TOKENS = 1 << 20
 
 def tokenize(body: Mapping[str, Any], card: ModelCard, tokenizer: Tokenizer) -> bytes:
     """`POST /tokenize`: the answer's body. Raises ApiError."""
+    # A known field that is null is the same as one that is left out.
+    body = {field: value for field, value in body.items() if value is not None or field not in _TOKENIZE | _CHAT}
     if ("messages" in body) == ("prompt" in body):
         raise bad_value("prompt", "Give either 'prompt' or 'messages'.", "missing_required_parameter")
     ids = _chat(body, card, tokenizer) if "messages" in body else _text(body, card, tokenizer)

@@ -103,8 +103,9 @@ def main() -> None:
     parser.add_argument("--soak", type=int, metavar="REQUESTS", help="instead: memory over so many requests")
     parser.add_argument("--clients", type=int, default=32, help="with --soak: requests at a time")
     options = parser.parse_args()
-    # An end by SIGTERM takes the same way out as Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # SIGTERM takes the same way out as Ctrl-C, and neither is ignored where a shell started this in the background.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     console = report.console(stderr=True)
     try:
         with tempfile.TemporaryDirectory(prefix="tandem-bench-") as name:

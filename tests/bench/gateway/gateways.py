@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from http.client import HTTPConnection
@@ -48,13 +47,13 @@ class Contender(msgspec.Struct, frozen=True):
     name: str
     url: str
     model: str
-    process: Process | None = None
+    processes: tuple[Process, ...] = ()
     paired: bool = True
     """It sends each request to a prefill and a decode worker."""
 
     @property
     def pids(self) -> list[int]:
-        return descendants(self.process.pid) if self.process is not None else []
+        return [pid for process in self.processes for pid in descendants(process.pid)]
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -110,15 +109,30 @@ def direct(place: Place) -> Contender:
 
 
 def tandem(place: Place) -> Contender:
-    """Tandem's gateway replica."""
-    folder = place.folder / "tandem"
-    folder.mkdir(parents=True, exist_ok=True)
-    model = place.model if place.model.exists() else tiny_folder(place.model)
-    options = ["--model", str(model), "--folder", str(folder), "--urls", json.dumps(place.standins.urls)]
-    command = [sys.executable, "-m", "bench.gateway.tandem_gateway", *options]
-    process = Process("Tandem's gateway", command, log=place.folder / "tandem.log", lines=True)
-    with _stopped_on_failure(process):
-        return Contender("tandem", json.loads(process.line(START_S)), "standin", process)
+    """One of Tandem's gateway replicas: one event loop, so at most one core."""
+    return _tandem("tandem", place, replicas=1)
+
+
+def two_tandems(place: Place) -> Contender:
+    """Two replicas that share a port, as a node with two cores for the gateway has them."""
+    return _tandem("tandem-x2", place, replicas=2)
+
+
+def _tandem(name: str, place: Place, replicas: int) -> Contender:
+    with contextlib.ExitStack() as stack:
+        started: list[Process] = []
+        url = ""
+        for number in range(replicas):
+            folder = place.folder / f"{name}-{number}"
+            folder.mkdir(parents=True, exist_ok=True)
+            options = ["--model", str(place.model), "--folder", str(folder), "--urls", json.dumps(place.standins.urls)]
+            options += ["--port", url.rpartition(":")[2] or "0"]
+            command = [sys.executable, "-m", "bench.gateway.tandem_gateway", *options]
+            process = Process("Tandem's gateway", command, log=folder / "log", lines=True)
+            stack.enter_context(_stopped_on_failure(process))
+            url = json.loads(process.line(START_S))
+            started.append(process)
+        return Contender(name, url, "standin", tuple(started))
 
 
 def relay(place: Place) -> Contender:
@@ -126,7 +140,7 @@ def relay(place: Place) -> Contender:
     command = [sys.executable, "-m", "bench.gateway.relay", place.standins.urls["decode"][0]]
     process = Process("the relay", command, log=place.folder / "relay.log", lines=True)
     with _stopped_on_failure(process):
-        return Contender("relay", json.loads(process.line(START_S)), "standin", process, paired=False)
+        return Contender("relay", json.loads(process.line(START_S)), "standin", (process,), paired=False)
 
 
 def sglang_router(place: Place) -> Contender:
@@ -143,6 +157,7 @@ CONTENDERS: dict[str, Callable[[Place], Contender]] = {
     "direct": direct,
     "relay": relay,
     "tandem": tandem,
+    "tandem-x2": two_tandems,
     "sglang-router": sglang_router,
     "smg": smg,
 }
@@ -165,7 +180,7 @@ def _rust(place: Place, name: str, module: str) -> Contender:
     process = Process(name, command, log=place.folder / f"{name}.log")
     with _stopped_on_failure(process):
         wait_for(f"http://127.0.0.1:{port}/readiness", process, START_S)
-        return Contender(name, f"http://127.0.0.1:{port}", "standin", process)
+        return Contender(name, f"http://127.0.0.1:{port}", "standin", (process,))
 
 
 @contextlib.contextmanager
@@ -187,6 +202,5 @@ def running(place: Place, names: list[str]) -> Iterator[list[Contender]]:
         yield started
     finally:
         for contender in started:
-            if contender.process is not None:
-                contender.process.stop()
-        shutil.rmtree(place.folder / "tandem", ignore_errors=True)
+            for process in contender.processes:
+                process.stop()

@@ -51,17 +51,19 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="checkpoint folder")
     parser.add_argument("--folder", type=Path, required=True, help="where the store's file goes")
     parser.add_argument("--urls", required=True, help="JSON: the stand-ins' URLs by role")
+    parser.add_argument("--port", type=int, default=0, help="that of another replica, to share it")
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     asyncio.run(_announce(options.folder, groups(json.loads(options.urls))))
-    pool = {"max_total_tokens": 10**7}
     config = FleetConfig.model_validate(
         {
             "name": "bench",
-            "gateway": {"port": 0, "grpc_port": 0},
             "model": {"name": "standin"},
-            "prefill": pool,
-            "decode": pool,
+            "gateway": {"port": options.port, "grpc_port": 0},
+            "prefill": {"max_total_tokens": 10**7},
+            "decode": {"max_total_tokens": 10**7},
+            # The stand-ins take any number of requests; a queue before them would be measured instead of the gateway.
+            "admission": {"running_per_decode_rank": 4096, "tokens_per_prefill_rank": 10**8},
         }
     )
     replica = GatewayReplica(config, model_path=options.model, folder=options.folder)

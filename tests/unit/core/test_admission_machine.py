@@ -162,5 +162,5 @@ def same_line(one: Submit, other: Submit) -> bool:
 
 
 TestDoor = Door.TestCase
-TestDoor.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestDoor.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
 TestDoor.pytestmark = [pytest.mark.timeout(180)]

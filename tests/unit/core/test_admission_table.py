@@ -7,7 +7,7 @@ import random
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.core.admission import LOWER_SHARE, AdmissionTable, reserved
@@ -170,6 +170,7 @@ def test_long_answers_that_nobody_foresaw_are_charged_when_they_end() -> None:
     assert served["short"] == pytest.approx(served["long"], rel=0.15)
 
 
+@settings(max_examples=25)
 @given(
     slots=st.integers(1, 24),
     weights=st.lists(st.sampled_from([0.5, 1.0, 2.0, 4.0]), min_size=2, max_size=4),

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.core.usage import (
@@ -54,6 +54,7 @@ def aggregate(records: list[UsageRecord], by: list[By], prices: Prices | None = 
     return found
 
 
+@settings(max_examples=50)
 @given(RECORDS, st.lists(st.sampled_from(list(By)), max_size=3), PRICES)
 def test_the_sum_of_the_parts_is_the_total(records: list[UsageRecord], by: list[By], prices: object) -> None:
     table = Prices(default=prices)  # type: ignore[arg-type]

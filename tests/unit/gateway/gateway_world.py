@@ -77,7 +77,10 @@ class Call:
         self.answer = Answer()
         self._address = address
         lines = [f"{method} {path} HTTP/1.1", "host: test", *(f"{key}: {value}" for key, value in headers.items())]
-        if method != "GET" and "content-length" not in headers and "transfer-encoding" not in headers:
+        self._head = method == "HEAD"
+        if self._head:
+            lines.append("connection: close")
+        elif method != "GET" and "content-length" not in headers and "transfer-encoding" not in headers:
             lines.append(f"content-length: {len(body)}")
         self._request = "\r\n".join(lines).encode() + b"\r\n\r\n" + body
         self._news = asyncio.Event()
@@ -113,6 +116,10 @@ class Call:
         status, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().strip().split("\r\n")
         self.answer.status = int(status.split(" ")[1])
         self.answer.headers = dict(line.split(": ", 1) for line in lines)
+        if self._head:
+            self._add(await reader.read())
+            self.answer.complete = True
+            return
         if "content-length" in self.answer.headers:
             self._add(await reader.readexactly(int(self.answer.headers["content-length"])))
             self.answer.complete = True
@@ -154,7 +161,7 @@ class World:
     keys: KeyRing
 
     def call(self, path: str, body: object = None, headers: dict[str, str] | None = None, method: str = "") -> Call:
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
         return Call(self.address, method or ("GET" if body is None else "POST"), path, data, headers or {})
 
     async def get(self, path: str) -> Answer:

@@ -18,6 +18,7 @@ from tandem.gateway.errors import ApiError
 from tandem.gateway.metrics import Metrics
 from tandem.gateway.reply import Reply, Run
 from tandem.gateway.ticket import Ticket
+from tandem.gateway.tracing import Tracing
 
 COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
 BROKEN = {"type": "abort", "message": "gone", "status_code": 500}
@@ -211,7 +212,7 @@ class NoDriver:
 def half_read(driver: NoDriver) -> Reply:
     """A reply of two choices that nothing drives."""
     bell = Bell()
-    reply = Reply(bell, [[5]], Metrics().tenant("a"), 0.0, None)
+    reply = Reply(bell, [[5]], Metrics().tenant("a"), 0.0, None, Tracing(None).request({}))
     for index in range(2):
         ticket = Ticket(f"r-{index}", b"", RouteAsk([5]), bell)
         answer = Reader(vocabulary(), stops=(), chat=False, thinking=False)
@@ -252,7 +253,8 @@ async def test_a_client_that_leaves_ends_the_legs_of_all_choices() -> None:
 
 async def test_a_choice_is_retried_alone() -> None:
     async with world("p0", "d0") as w:
-        w.engines["p0"].default = Script(ids=[], finish=None)
+        # Were the partner to answer, the room would be lost before the failure is seen.
+        w.engines["p0"].scripts.extend([Script(ids=[1]), Script(ids=[], finish=None)])
         w.engines["d0"].scripts.append(saying("one"))
         w.engines["d0"].scripts.append(Script(status=500))
         say(w, "two")

@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from certificates import Authority
 from engine_standin import Engine, Script, engine
 from gateway_model import ids_of, model_folder
 
@@ -181,3 +182,15 @@ async def test_a_stop_ends_what_does_not_end_by_itself(place: Place) -> None:
     await place.engines[1].idle()
     status, found = await asking
     assert (status, found["error"]["message"]) == (503, "The request failed: this gateway is going down; try again.")
+
+
+async def test_replicas_that_want_certificates_share_a_port_and_pass_their_own_health_check(place: Place) -> None:
+    ca = Authority(place.folder)
+    server = ca.server()
+    tls = {"certificate": server.certificate, "key": server.key, "client_ca": ca.file}
+    await place.announce()
+    async with running(place.replica(tls=tls)) as first:
+        port = int(first.url.rpartition(":")[2])
+        second = place.replica(port=port, tls=tls)
+        async with running(second):
+            await asyncio.to_thread(second.probe)

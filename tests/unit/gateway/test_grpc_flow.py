@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 from engine_standin import Script
-from gateway_world import World, world
+from gateway_world import World, saying, world
 
-from tandem.client import AsyncClient, InvalidRequest, NotFound
+from tandem.client import AsyncClient, InvalidRequest, NotFound, RateLimited, Unauthenticated
+from tandem.gateway.errors import ApiError
 from tandem.gateway.grpc_front import ServiceAnswers
+from tandem.gateway.grpc_peer import Peer
 from tandem.gateway.grpc_server import GrpcServer
 
 WITHIN_S = 20.0
 
 
 @contextlib.asynccontextmanager
-async def both() -> AsyncIterator[tuple[World, AsyncClient]]:
-    """A gateway that listens for HTTP and for gRPC."""
-    async with world("p0", "d0") as http:
+async def both(tenant: str = "", **fleet: Any) -> AsyncIterator[tuple[World, AsyncClient]]:
+    """A gateway that listens for HTTP and for gRPC, and a client that has a key if it is of a `tenant`."""
+    async with world("p0", "d0", fleet=fleet) as http:
+        key = (await http.key(tenant))["authorization"].removeprefix("Bearer ") if tenant else None
         answers = ServiceAnswers(http.service, lambda: "7")
         server = GrpcServer(answers, shortage=lambda: None, longest_s=60, max_request_bytes=2**20)
         port = await server.start("127.0.0.1", 0)
         try:
-            async with AsyncClient(f"127.0.0.1:{port}", model="tiny", timeout=WITHIN_S) as client:
+            async with AsyncClient(f"127.0.0.1:{port}", api_key=key, model="tiny", timeout=WITHIN_S) as client:
                 yield http, client
         finally:
             await server.stop(grace=0)
@@ -81,3 +86,56 @@ async def test_a_client_that_leaves_ends_both_legs() -> None:
         stream.close()
         await http.quiet()
         assert http.engines["d0"].aborted
+
+
+async def test_choices_are_told_apart() -> None:
+    async with both() as (http, client):
+        http.engines["d0"].scripts.extend([saying("one"), saying("two")] * 2)
+        whole = await client.generate([5, 6], n=2)
+        stream = client.generate_stream([5, 6], n=2)
+        async for _ in stream:
+            pass
+    assert [choice.text for choice in whole.choices] == ["one", "two"]
+    assert stream.answer is not None
+    assert stream.answer.choices == whole.choices
+    assert stream.answer.usage == whole.usage
+
+
+async def test_without_a_key_nobody_is_let_in() -> None:
+    async with both(gateway={"auth": "required"}) as (http, client):
+        with pytest.raises(Unauthenticated):
+            await client.generate([5, 6])
+        assert http.metric("tandem_requests_total", endpoint="completions", outcome="invalid_api_key") == 1
+        assert not http.engines["p0"].bodies
+
+
+async def test_a_call_is_recorded_as_its_tenants() -> None:
+    async with both("acme", tenants={"acme": {"priority": "high"}}, gateway={"auth": "required"}) as (http, client):
+        whole = await client.generate([5, 6], max_tokens=6)
+        await http.until(lambda: bool(http.records))
+    (record,) = http.records
+    assert (record.tenant, record.priority, record.outcome, record.attempts) == ("acme", "high", "ok", 1)
+    assert (record.prompt_tokens, record.completion_tokens) == (2, whole.usage.completion_tokens)
+
+
+async def test_a_limit_is_told_with_the_time_to_wait() -> None:
+    async with both("acme", tenants={"acme": {"requests_per_minute": 1}}) as (_, client):
+        await client.generate([5, 6])
+        with pytest.raises(RateLimited) as caught:
+            await client.generate([5, 6])
+    assert caught.value.retry_after is not None
+    assert 50 < caught.value.retry_after <= 61
+
+
+async def test_a_deadline_ends_both_legs_and_is_recorded() -> None:
+    async with world("p0", "d0") as http:
+        http.engines["d0"].default = Script(ids=[], finish=None)
+        answers = ServiceAnswers(http.service, lambda: "7")
+        peer = Peer(headers={}, certificate=None, request_id="r", size=10)
+        deadline = asyncio.get_running_loop().time() + 0.02
+        reply = await answers.begin("completions", {"model": "tiny", "prompt": [5]}, peer, deadline)
+        with pytest.raises(ApiError) as caught:
+            await reply.next()
+        reply.close(caught.value)
+        await http.quiet()
+        assert (caught.value.status, http.records[0].outcome) == (504, "timeout")
