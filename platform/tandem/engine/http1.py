@@ -250,9 +250,11 @@ class Pool:
     """Keep-alive connections to any number of servers. Belongs to one event loop."""
 
     def __init__(self, *, idle_s: float = 3.0) -> None:
-        """`idle_s`: a connection idle for longer is not used again. SGLang closes its own after 5 s."""
+        """`idle_s`: a connection idle for longer is closed. SGLang closes its own after 5 s."""
         self._idle_s = idle_s
-        self._idle: dict[tuple[str, int], list[_Connection]] = {}
+        self._idle: dict[tuple[str, int], dict[_Connection, None]] = {}
+        """The one that is idle for longest first."""
+        self._sweeper: asyncio.TimerHandle | None = None
         self._closed = False
 
     async def request(
@@ -312,6 +314,8 @@ class Pool:
     async def close(self) -> None:
         """Close what is idle; connections in use close when their answers end or are given up."""
         self._closed = True
+        if self._sweeper is not None:
+            self._sweeper.cancel()
         for connections in self._idle.values():
             for connection in list(connections):
                 connection.drop()
@@ -321,7 +325,7 @@ class Pool:
         now = asyncio.get_running_loop().time()
         idle = self._idle.get(key)
         while idle:
-            connection = idle.pop()
+            connection, _ = idle.popitem()
             if connection.alive and now - connection.idle_since < self._idle_s:
                 return connection
             connection.drop()
@@ -342,13 +346,26 @@ class Pool:
         if self._closed:
             connection.drop()
             return
-        connection.idle_since = asyncio.get_running_loop().time()
-        self._idle.setdefault(key, []).append(connection)
+        loop = asyncio.get_running_loop()
+        connection.idle_since = loop.time()
+        self._idle.setdefault(key, {})[connection] = None
+        if self._sweeper is None:
+            self._sweeper = loop.call_later(self._idle_s, self._sweep, loop)
+
+    def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Close what a burst of requests has left."""
+        too_old = loop.time() - self._idle_s
+        for idle in list(self._idle.values()):
+            for connection in [one for one in idle if one.idle_since <= too_old]:
+                idle.pop(connection, None)
+                connection.drop()
+        self._idle = {key: idle for key, idle in self._idle.items() if idle}
+        self._sweeper = loop.call_later(self._idle_s, self._sweep, loop) if self._idle else None
 
     def forget(self, key: tuple[str, int], connection: _Connection) -> None:
         idle = self._idle.get(key)
-        if idle and connection in idle:
-            idle.remove(connection)
+        if idle:
+            idle.pop(connection, None)
         if not idle:
             self._idle.pop(key, None)
 

@@ -135,6 +135,8 @@ def _kind(where: str, block: Any, allowed: tuple[str, ...]) -> str:
         if field not in _BLOCK_FIELDS[kind]:
             raise extra(f"{where}.{kind}.{field}")
     check_cache(f"{where}.{kind}.", block)
+    if not isinstance(block.get("citations"), list | None):
+        raise fault(f"{where}.{kind}.citations", "Input should be a valid list")
     return kind
 
 

@@ -18,6 +18,8 @@ Headers = Iterable[tuple[bytes, bytes]]
 
 BODY_TIMEOUT_S = 60.0
 """A client must have sent its body by then."""
+SMALL_BODY = 256 * 1024
+"""Bytes; so much of a body is always read, however many others are."""
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _NO_BODY = frozenset({"GET", "HEAD", "DELETE", "OPTIONS"})
 _STATUS = {status.value: f"HTTP/1.1 {status.value} {status.phrase}".encode() for status in http.HTTPStatus}
@@ -38,6 +40,7 @@ class Connection(Protocol):
     def certificate(self) -> dict[str, Any] | None: ...
     def send(self, data: bytes) -> None: ...
     def taken(self, exchange: Exchange, size: int) -> None: ...
+    def hold(self, size: int) -> bool: ...
     def over(self, exchange: Exchange, *, keep: bool) -> None: ...
 
 
@@ -79,8 +82,14 @@ class Exchange:
         self._keep_alive = request.keep_alive
         self._connection = connection
         self._loop = loop
-        self._pieces: list[bytes] = []
+        # One buffer: a list of the pieces would take many times the memory of a body that comes in tiny chunks.
+        self._body = bytearray()
         self._size = 0
+        """Of the body, not yet told to the connection as taken."""
+        self._held = 0
+        """What the connection was told of the body's memory."""
+        self._crowded = False
+        self._spoiled: ApiError | None = None
         self._complete = False
         self._over = False
         self._head = b""
@@ -105,20 +114,20 @@ class Exchange:
             self._connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         timer = None
         expired: list[bool] = []
-        total = 0
-        pieces: list[bytes] = []
         try:
             while True:
-                pieces += self._pieces
-                self._pieces = []
-                if self._size:
-                    total += self._size
-                    self._connection.taken(self, self._size)
-                    self._size = 0
-                if total > limit:
+                self._take()
+                if len(self._body) > limit:
                     raise _too_large(limit)
+                if self._crowded and len(self._body) > SMALL_BODY:
+                    message = "The gateway is reading too many large bodies at once. Try again shortly."
+                    raise ApiError(503, message, type="server_error", code="overloaded", retry_after=1.0)
                 if self._complete:
-                    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+                    body = bytes(self._body)
+                    self._drop()
+                    return body
+                if self._spoiled is not None:
+                    raise self._spoiled
                 if self._left:
                     raise ClientLeft
                 if expired:
@@ -180,6 +189,7 @@ class Exchange:
         else:
             data = self._head + data
         self._connection.send(data)
+        self._drop()
         self._connection.over(self, keep=self._keep_alive and self._complete)
 
     def reply(self, status: int, body: bytes, headers: Headers, *, close: bool = False) -> None:
@@ -192,13 +202,14 @@ class Exchange:
         """The handler has returned. An answer that it left open is cut: the client shall see that it is not whole."""
         if not self._over:
             self._over = True
+            self._drop()
             self._connection.over(self, keep=False)
 
     # The connection's
 
     def add(self, body: bytes) -> None:
         if not self._over:
-            self._pieces.append(body)
+            self._body += body
             self._size += len(body)
             self.wake()
         else:
@@ -207,6 +218,11 @@ class Exchange:
 
     def complete(self) -> None:
         self._complete = True
+        self.wake()
+
+    def spoil(self, error: ApiError) -> None:
+        """What comes of the body is none: there will be no more of it."""
+        self._spoiled = error
         self.wake()
 
     def client_left(self) -> None:
@@ -220,6 +236,19 @@ class Exchange:
     def wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+    def _take(self) -> None:
+        size, self._size = self._size, 0
+        if size:
+            self._held += size
+            self._crowded = not self._connection.hold(size)
+            self._connection.taken(self, size)
+
+    def _drop(self) -> None:
+        """What was not read of the body will not be; or the next request would wait for room for ever."""
+        self._take()
+        self._connection.hold(-self._held)
+        self._held, self._body = 0, bytearray()
 
     def _expire(self, expired: list[bool]) -> None:
         expired.append(True)

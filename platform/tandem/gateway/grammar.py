@@ -7,7 +7,7 @@ first token. So the reasoning is part of it, and a budget for it as well: free t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import msgspec
@@ -65,7 +65,16 @@ def structural_tag(content: Format | None, *, thinking: bool, budget: int | None
     return msgspec.json.encode({"type": "structural_tag", "format": form}).decode()
 
 
+def _only(where: str, found: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raise ApiError if there is a field that nobody knows."""
+    for field in found:
+        if field not in known:
+            param = f"{where}.{field:.80}"
+            raise bad_value(param, f"Unknown parameter: '{param}'.", "unknown_parameter")
+
+
 def _response_format(wanted: Mapping[str, Any]) -> Format | None:
+    _only("response_format", wanted, ("type", "json_schema"))
     kind = text("response_format.type", wanted.get("type"))
     if kind == "text":
         return None
@@ -75,6 +84,7 @@ def _response_format(wanted: Mapping[str, Any]) -> Format | None:
         raise unsupported("response_format.type", "only 'text', 'json_object' and 'json_schema' are")
     param = "response_format.json_schema"
     given = object_of(param, wanted.get("json_schema"))
+    _only(param, given, ("name", "description", "schema", "strict"))
     name = text(f"{param}.name", given.get("name"))
     if not NAME.fullmatch(name):
         raise bad_value(f"{param}.name", f"'{param}.name' must have 1 to 64 of a-z, A-Z, 0-9, _ and -.")

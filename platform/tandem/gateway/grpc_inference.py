@@ -78,16 +78,15 @@ class InferenceService:
         self._answers = answers
         self._longest_s = longest_s + SLOW_READER_S
 
-    def handlers(self) -> grpc.GenericRpcHandler[Any, Any]:
-        """The methods. They parse their requests themselves, so that garbage is answered and not logged as a crash."""
+    def methods(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
+        """By name. They parse their requests themselves, so that garbage is answered and not logged as a crash."""
         stream, unary = grpc.unary_stream_rpc_method_handler, grpc.unary_unary_rpc_method_handler
-        methods = {
+        return {
             "Generate": stream(self.generate, response_serializer=pb.GenerateResponse.SerializeToString),
             "GenerateOnce": unary(self.generate_once, response_serializer=pb.GenerateOnceResponse.SerializeToString),
             "Chat": stream(self.chat, response_serializer=pb.ChatResponse.SerializeToString),
             "ChatOnce": unary(self.chat_once, response_serializer=pb.ChatOnceResponse.SerializeToString),
         }
-        return grpc.method_handlers_generic_handler(SERVICE, methods)
 
     async def generate(self, data: bytes, context: _Context) -> None:
         async with self._answering(context, data) as (peer, deadline):

@@ -10,6 +10,7 @@ from grpc_reflection.v1alpha import reflection
 
 from tandem.gateway.grpc_health_service import HealthService
 from tandem.gateway.grpc_inference import SERVICE, Answers, InferenceService
+from tandem.gateway.grpc_robust import robust_server
 
 _OPTIONS = (
     # A client that is gone without a word is found out within half a minute, and its work ended.
@@ -56,8 +57,8 @@ class GrpcServer:
             ("grpc.max_receive_message_length", self._max_request_bytes),
             ("grpc.max_send_message_length", -1),
         )
-        server = grpc.aio.server(options=options)
-        server.add_generic_rpc_handlers((self._service.handlers(),))
+        server = robust_server(options)
+        server.add_registered_method_handlers(SERVICE, self._service.methods())
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

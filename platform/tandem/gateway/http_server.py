@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import httptools
 
+from tandem.gateway.errors import ApiError
 from tandem.gateway.exchange import Exchange, Request, http_date, status_line
 
 __all__ = ["Exchange", "HttpServer", "Limits"]
@@ -28,13 +29,16 @@ class Limits:
     """What one connection may take. Times are in seconds, sizes in bytes."""
 
     header_bytes = 32 * 1024
-    """Request line and headers together."""
+    """Request line and headers together; and what may come of a body without there being more of it: trailers, and
+    extensions of chunks."""
     header_s = 20.0
     """From the first byte of a request to the end of its headers; also the time of a TLS handshake."""
     idle_s = 75.0
     """Between two requests of one connection."""
     ahead_bytes = 256 * 1024
     """Of a request that is being read, or of the next ones, before the socket is paused."""
+    bodies_bytes = 256 * 1024 * 1024
+    """Of bodies that are being read, all together. Beyond it, large ones are refused (503)."""
     linger_s = 5.0
     """How long the rest of a body that nobody wants is read and dropped. Closed at once, the connection would be reset,
     and the client might lose the answer that says why (RFC 9112, 9.6)."""
@@ -56,6 +60,8 @@ class HttpServer:
         self.tasks: set[asyncio.Task[None]] = set()
         """One for each request that is being answered; the loop itself keeps no strong reference."""
         self.stopping = False
+        self.bodies = 0
+        """Bytes of bodies that are being read."""
         self._server: asyncio.Server | None = None
         self._sweeper: asyncio.TimerHandle | None = None
 
@@ -101,6 +107,10 @@ class HttpServer:
         self._sweeper = loop.call_later(self.limits.sweep_s, self._sweep)
 
 
+class _TooLarge(Exception):
+    """The head of a request is."""
+
+
 class _Connection(asyncio.Protocol):
     """One client's connection: requests in, one after the other."""
 
@@ -117,7 +127,10 @@ class _Connection(asyncio.Protocol):
         """Pipelined: read, but not yet begun."""
         self._since = self._loop.time()
         """When the connection became idle, or the request that is being read began."""
-        self._header_bytes = 0
+        self._head_bytes = 0
+        """Of the request line and the headers that were read."""
+        self._idle_bytes = 0
+        """Received since a head, a part of a body, or a request was complete."""
         self._ahead = 0
         self._read_paused = False
         self._write_paused = False
@@ -180,6 +193,11 @@ class _Connection(asyncio.Protocol):
             self._read_paused = False
             self._transport.resume_reading()
 
+    def hold(self, size: int) -> bool:
+        """The memory of bodies grows by `size` bytes; False if it is too much."""
+        self._server.bodies += size
+        return self._server.bodies <= self._limits.bodies_bytes
+
     def over(self, exchange: Exchange, *, keep: bool) -> None:
         """The answer is complete."""
         if self._exchange is not exchange:
@@ -214,19 +232,24 @@ class _Connection(asyncio.Protocol):
             return
         if self._request is None and self._exchange is None:
             self._since = self._loop.time()
-        if self._in_head():
-            self._header_bytes += len(data)
+        self._idle_bytes += len(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
             # `Upgrade: h2c` or a WebSocket: we answer in HTTP/1.1, as one may, and speak no more on this connection.
             self._broken = True
         except httptools.HttpParserError as error:
+            if isinstance(error.__context__, _TooLarge):
+                self._refuse(431, b"The headers of the request are too large.")
+                return
             self._refuse(400, f"This is not an HTTP/1.1 request: {error}".encode())
         else:
             # Counted here, since httptools keeps a header to itself until its end.
-            if self._header_bytes > self._limits.header_bytes and self._in_head():
-                self._refuse(431, b"The headers of the request are too large.")
+            if self._idle_bytes > self._limits.header_bytes:
+                if self._in_head():
+                    self._refuse(431, b"The headers of the request are too large.")
+                else:
+                    self._refuse(400, b"The trailers of the request, or what is between its chunks, are too large.")
 
     def eof_received(self) -> bool:
         return False
@@ -247,10 +270,15 @@ class _Connection(asyncio.Protocol):
     def on_url(self, url: bytes) -> None:
         assert self._request is not None
         self._request.target += url
+        self._head_bytes += len(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         assert self._request is not None
+        if self._request.exchange is not None:
+            # A trailer: the headers have been acted on already.
+            return
         self._request.add_header(name.lower(), value)
+        self._head_bytes += len(name) + len(value) + 4
 
     def on_headers_complete(self) -> None:
         request, parser = self._request, self._parser
@@ -258,7 +286,9 @@ class _Connection(asyncio.Protocol):
         request.method = parser.get_method().decode("ascii", "replace")
         request.http10 = parser.get_http_version() == "1.0"
         request.keep_alive = parser.should_keep_alive() and not parser.should_upgrade()
-        self._header_bytes = 0
+        head_bytes, self._head_bytes, self._idle_bytes = self._head_bytes, 0, 0
+        if head_bytes > self._limits.header_bytes:
+            raise _TooLarge
         exchange = Exchange(request, self, self._loop)
         request.exchange = exchange
         if self._exchange is None:
@@ -269,6 +299,7 @@ class _Connection(asyncio.Protocol):
     def on_body(self, body: bytes) -> None:
         assert self._request is not None
         assert self._request.exchange is not None
+        self._idle_bytes = 0
         self._ahead += len(body)
         self._request.exchange.add(body)
         if self._ahead > self._limits.ahead_bytes and not self._read_paused and self._transport is not None:
@@ -278,6 +309,7 @@ class _Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         assert self._request is not None
         assert self._request.exchange is not None
+        self._idle_bytes = 0
         self._request.exchange.complete()
         self._request = None
         if len(self._waiting) > 64:
@@ -319,6 +351,8 @@ class _Connection(asyncio.Protocol):
         self._broken = True
         if self._transport is None or self._exchange is not None:
             # The answer that is on its way ends first; `over` closes.
+            if self._request is not None and self._request.exchange is not None:
+                self._request.exchange.spoil(ApiError(status, message.decode("utf-8", "replace")))
             return
         self._transport.write(
             b"%s\r\ndate: %s\r\ncontent-type: text/plain\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%s"

@@ -35,7 +35,7 @@ _ERRORS = {
     415: "The body is compressed.",
     429: "A limit of the tenant's is reached, or the request would wait too long; see Retry-After.",
     500: "A fault of the gateway's.",
-    503: "The model cannot take requests now, or the engine failed; see Retry-After.",
+    503: "The gateway or the model cannot take requests now, or the engine failed; see Retry-After.",
     504: "The answer took too long.",
 }
 _PATH_ERRORS = {401: _ERRORS[401], 500: _ERRORS[500]}
@@ -142,7 +142,7 @@ def _post(path: str, post: _Post) -> dict[str, Any]:
     content: dict[str, Any] = {JSON: {"schema": ref(post.answer)}}
     if post.streams:
         content[EVENTS] = {"schema": {"type": "string", "description": "With `stream`: server-sent events."}}
-    errors = {status: about for status, about in _ERRORS.items() if post.streams or status not in (503, 504)}
+    errors = {status: about for status, about in _ERRORS.items() if post.streams or status != 504}
     found: dict[str, Any] = {
         "operationId": _operation("post", path),
         "summary": post.summary,
