@@ -12,10 +12,10 @@ import pytest
 import xgrammar
 from transformers import AutoTokenizer
 
-from tandem.gateway.grammar import structural_tag
-from tandem.gateway.tool_parser import ToolParser
-from tandem.gateway.tools import Choice, ToolFormat, calls_grammar
-from tandem.gateway.wire import joined_calls
+from tandem.gateway.api.grammar import structural_tag
+from tandem.gateway.api.tools import Choice, ToolFormat, calls_grammar
+from tandem.gateway.api.wire import joined_calls
+from tandem.gateway.text.tool_parser import ToolParser
 from tandem.models.tokenizer import EOS_ID, VOCAB_SIZE
 
 SCHEMA = {

@@ -14,7 +14,7 @@ from support.fleet import Fleet
 from tandem.core.routing import Pair, RouteAsk, Router
 from tandem.core.types import FleetSnapshot, Group, Role
 from tandem.engine.http1 import Pool
-from tandem.gateway.kv_events import KvEvents
+from tandem.gateway.pairing.kv_events import KvEvents
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -22,7 +22,7 @@ from bench.gateway.standin import Connection, Fleet, Token
 from tandem.config import FleetConfig
 from tandem.core.types import Group, GroupState, Role
 from tandem.engine.http1 import Pool, Response
-from tandem.gateway.keys import keep, mint
+from tandem.gateway.access.keys import keep, mint
 from tandem.gateway.replica import GatewayReplica
 from tandem.state import open_store
 from unit.gateway.gateway_model import model_folder

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from support.redis_server import RedisServer
-from tandem.gateway.keys import KEYS, KeyFault, KeyRecord, KeyRing, keep, mint, revoke
+from tandem.gateway.access.keys import KEYS, KeyFault, KeyRecord, KeyRing, keep, mint, revoke
 from tandem.state import Store, open_store
 
 Opener = Callable[[], Awaitable[Store]]

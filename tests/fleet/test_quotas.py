@@ -25,10 +25,10 @@ from tandem.core.types import Group, GroupState, Role
 from tandem.core.usage import UsageRecord
 from tandem.engine.http1 import Pool, Response
 from tandem.gateway import assembly
-from tandem.gateway.keys import KeyRecord, keep, mint, revoke
+from tandem.gateway.access.keys import KeyRecord, keep, mint, revoke
+from tandem.gateway.access.shared_limits import SharedLimits
 from tandem.gateway.replica import GatewayReplica
-from tandem.gateway.shared_limits import SharedLimits
-from tandem.gateway.usage_stream import UsageStream
+from tandem.gateway.usage.stream import UsageStream
 from tandem.state import Store, open_store
 from unit.gateway.engine_standin import Engine, Script, engine
 from unit.gateway.gateway_model import model_folder

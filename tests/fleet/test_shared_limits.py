@@ -16,8 +16,8 @@ import pytest
 from support.redis_server import RedisServer, Silence
 from tandem.core.rate_limit import Account, Budget
 from tandem.core.tenants import Tenant
-from tandem.gateway.limits import Denial, Grant, quota_of
-from tandem.gateway.shared_limits import DEADLINE_S, SharedLimits
+from tandem.gateway.access.limits import Denial, Grant, quota_of
+from tandem.gateway.access.shared_limits import DEADLINE_S, SharedLimits
 
 REPLICAS = 4
 PATIENT_S = 10.0

@@ -21,11 +21,11 @@ from typer.testing import CliRunner
 from support.redis_server import RedisServer
 from tandem.cli.usage import usage
 from tandem.core.usage import UsageRecord
-from tandem.gateway import usage_journal as files
-from tandem.gateway.metering import Meter
-from tandem.gateway.metrics import Metrics
-from tandem.gateway.usage_sinks import RedisSink
-from tandem.gateway.usage_stream import UsageStream, UsageStreamError
+from tandem.gateway.observe.metrics import Metrics
+from tandem.gateway.usage import journal as files
+from tandem.gateway.usage.metering import Meter
+from tandem.gateway.usage.sinks import RedisSink
+from tandem.gateway.usage.stream import UsageStream, UsageStreamError
 
 _fleets = itertools.count()
 
@@ -245,10 +245,10 @@ KILLED = """
 import asyncio, itertools, sys
 from pathlib import Path
 from tandem.core.usage import UsageRecord
-from tandem.gateway.metering import Meter
-from tandem.gateway.metrics import Metrics
-from tandem.gateway.usage_sinks import RedisSink
-from tandem.gateway.usage_stream import UsageStream
+from tandem.gateway.usage.metering import Meter
+from tandem.gateway.observe.metrics import Metrics
+from tandem.gateway.usage.sinks import RedisSink
+from tandem.gateway.usage.stream import UsageStream
 
 async def main():
     url, folder = sys.argv[1:]

@@ -10,7 +10,7 @@ from schemathesis import checks
 from schemathesis.schemas import BaseSchema
 from schemathesis.specs.openapi import checks as openapi_checks
 
-from tandem.gateway.openapi import PATHS
+from tandem.gateway.api.openapi import PATHS
 
 WITHIN_S = 10.0
 CHECKS = [

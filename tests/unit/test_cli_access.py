@@ -26,7 +26,7 @@ from tandem.core.types import GatewayReplica as Record
 from tandem.core.types import Group, GroupState, Role
 from tandem.fleet.run_folder import HostRecord, RunFolder
 from tandem.fleet.snapshot import FLEET_KEY, FleetRecord
-from tandem.gateway.keys import keep, mint
+from tandem.gateway.access.keys import keep, mint
 from tandem.gateway.replica import GatewayReplica
 from tandem.state import open_store
 from unit.gateway.certificates import Authority, Signed

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from tandem.cli.keys import app
 from tandem.config import FleetConfig
 from tandem.fleet.run_folder import HostRecord, RunFolder
-from tandem.gateway.keys import KEY_PATTERN
+from tandem.gateway.access.keys import KEY_PATTERN
 
 
 @pytest.fixture(autouse=True)

@@ -14,12 +14,12 @@ from tandem import client as api
 from tandem.client import channel
 from tandem.client.requests import chat_fields, generate_fields
 from tandem.config import TlsConfig
-from tandem.gateway.answer import Piece, TokenLogprob, ToolDelta
+from tandem.gateway.access.tls import grpc_server_credentials, names_in
 from tandem.gateway.errors import ApiError
-from tandem.gateway.grpc_server import GrpcServer
-from tandem.gateway.grpc_translate import chat_body, generate_body
-from tandem.gateway.reply import Step
-from tandem.gateway.tls import grpc_server_credentials, names_in
+from tandem.gateway.pairing.reply import Step
+from tandem.gateway.rpc.server import GrpcServer
+from tandem.gateway.rpc.translate import chat_body, generate_body
+from tandem.gateway.text.answer import Piece, TokenLogprob, ToolDelta
 from tandem.v1 import inference_pb2 as pb
 from unit.gateway.certificates import Authority
 from unit.gateway.grpc_standin import USAGE, SaidAnswers, SaidReply, Served, serving, steps, too_many

@@ -12,8 +12,8 @@ import pytest
 from prometheus_client import Counter, Gauge
 
 from tandem.engine.cpu import counters
-from tandem.gateway.metric_types import Histogram
-from tandem.gateway.metrics import Metrics
+from tandem.gateway.observe.metric_types import Histogram
+from tandem.gateway.observe.metrics import Metrics
 
 DASHBOARD = Path(__file__).parents[2] / "helm" / "tandem" / "dashboards" / "gateway.json"
 TARGET_LABELS = {"instance", "job"}

@@ -21,7 +21,7 @@ from tandem.cli.running import AsJson, FleetName, fail, find, run
 from tandem.cli.up import read_config
 from tandem.config import FleetConfig
 from tandem.fleet.run_folder import RunFolder
-from tandem.gateway.keys import KEY_ID, KEY_PATTERN, PREFIX, KeyRecord, keep, mint, read_keys, revoke
+from tandem.gateway.access.keys import KEY_ID, KEY_PATTERN, PREFIX, KeyRecord, keep, mint, read_keys, revoke
 from tandem.state import Store, open_store
 
 app = typer.Typer(name="keys", help="Make, list and revoke the API keys of tenants.", no_args_is_help=True)

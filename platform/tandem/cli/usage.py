@@ -36,8 +36,8 @@ from tandem.core.usage import (
     price,
 )
 from tandem.fleet.run_folder import RunFolder
-from tandem.gateway import usage_journal as files
-from tandem.gateway.usage_stream import UsageStream, UsageStreamError
+from tandem.gateway.usage import journal as files
+from tandem.gateway.usage.stream import UsageStream, UsageStreamError
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _SKEW_S = 300.0

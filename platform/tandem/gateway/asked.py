@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from tandem.core.tenants import ANONYMOUS
 from tandem.core.usage import UsageRecord
-from tandem.gateway.admission import Ask, Permit
-from tandem.gateway.auth import Identity, check_model
-from tandem.gateway.endpoints import Endpoint
+from tandem.gateway.access.admission import Ask, Permit
+from tandem.gateway.access.auth import Identity, check_model
+from tandem.gateway.api.requests import Wanted
+from tandem.gateway.api.wire import Writer
 from tandem.gateway.errors import ApiError
-from tandem.gateway.exchange import ClientLeft
-from tandem.gateway.reply import Reply
-from tandem.gateway.requests import Wanted
-from tandem.gateway.wire import Writer
+from tandem.gateway.http.endpoints import Endpoint
+from tandem.gateway.http.exchange import ClientLeft
+from tandem.gateway.pairing.reply import Reply
 
 if TYPE_CHECKING:
     from tandem.gateway.service import Body, Prepared, Service

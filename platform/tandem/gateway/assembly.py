@@ -20,30 +20,30 @@ from tandem.core.route_cost import RouteSettings, Slo
 from tandem.core.routing import Router
 from tandem.core.types import Role
 from tandem.engine.client import EngineClient
-from tandem.gateway import tls
-from tandem.gateway.admission import Admission
-from tandem.gateway.app import App
-from tandem.gateway.auth import Authenticator
-from tandem.gateway.detokenize import Vocabulary
-from tandem.gateway.fleet_view import FleetView
-from tandem.gateway.grpc_front import ServiceAnswers
-from tandem.gateway.grpc_server import GrpcServer
-from tandem.gateway.http_server import HttpServer
-from tandem.gateway.keys import KeyRing
-from tandem.gateway.kv_events import KvEvents
-from tandem.gateway.load_poller import LoadPoller
-from tandem.gateway.logs import RequestLog
-from tandem.gateway.metering import Meter, make_meter
-from tandem.gateway.metric_observer import AdmissionMetrics
-from tandem.gateway.metrics import Metrics
-from tandem.gateway.model_card import load_card
-from tandem.gateway.oidc import TokenVerifier
-from tandem.gateway.pages import Pages
-from tandem.gateway.pairs import PairDriver
+from tandem.gateway.access import tls
+from tandem.gateway.access.admission import Admission
+from tandem.gateway.access.admission_metrics import AdmissionMetrics
+from tandem.gateway.access.auth import Authenticator
+from tandem.gateway.access.keys import KeyRing
+from tandem.gateway.access.oidc import TokenVerifier
+from tandem.gateway.access.shared_limits import open_limits
+from tandem.gateway.http.app import App
+from tandem.gateway.http.pages import Pages
+from tandem.gateway.http.server import HttpServer
+from tandem.gateway.observe.logs import RequestLog
+from tandem.gateway.observe.metrics import Metrics
+from tandem.gateway.observe.tracing import Tracing
+from tandem.gateway.pairing.fleet_view import FleetView
+from tandem.gateway.pairing.kv_events import KvEvents
+from tandem.gateway.pairing.load_poller import LoadPoller
+from tandem.gateway.pairing.pairs import PairDriver
+from tandem.gateway.rpc.front import ServiceAnswers
+from tandem.gateway.rpc.server import GrpcServer
 from tandem.gateway.service import Service
-from tandem.gateway.shared_limits import open_limits
-from tandem.gateway.tokenize import Tokenizer
-from tandem.gateway.tracing import Tracing
+from tandem.gateway.text.detokenize import Vocabulary
+from tandem.gateway.text.model_card import load_card
+from tandem.gateway.text.tokenize import Tokenizer
+from tandem.gateway.usage.metering import Meter, make_meter
 from tandem.state import Store, open_store
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from ray import serve
 from ray.serve.config import ProxyLocation
 
 from tandem.config import FleetConfig
-from tandem.gateway.logs import configure_logs
+from tandem.gateway.observe.logs import configure_logs
 from tandem.gateway.replica import GatewayReplica
 
 APPLICATION = "tandem-gateway"

@@ -22,8 +22,8 @@ import uvloop
 
 from tandem.config import FleetConfig, TlsConfig
 from tandem.core.types import GatewayReplica as Record
+from tandem.gateway.access.tls import probe_context
 from tandem.gateway.assembly import Gateway, Setting
-from tandem.gateway.tls import probe_context
 from tandem.state import Store, StoreError
 
 log = logging.getLogger(__name__)

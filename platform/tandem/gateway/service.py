@@ -12,24 +12,24 @@ import msgspec
 
 from tandem.config import GatewayConfig
 from tandem.core.routing import RouteAsk
-from tandem.gateway.admission import Admission
+from tandem.gateway.access.admission import Admission
+from tandem.gateway.access.auth import Authenticator
+from tandem.gateway.api.choices import answer_for, prompts_of, sampling_for
+from tandem.gateway.api.requests import Wanted, check_length, parse_json
 from tandem.gateway.asked import Asked
-from tandem.gateway.auth import Authenticator
-from tandem.gateway.bell import Bell
-from tandem.gateway.choices import answer_for, prompts_of, sampling_for
-from tandem.gateway.detokenize import Vocabulary
-from tandem.gateway.endpoints import Endpoint
-from tandem.gateway.legs import common_body
-from tandem.gateway.logs import RequestLog
-from tandem.gateway.metering import Meter
-from tandem.gateway.metrics import Metrics
-from tandem.gateway.model_card import ModelCard
-from tandem.gateway.pairs import PairDriver
-from tandem.gateway.reply import Reply, Run
-from tandem.gateway.requests import Wanted, check_length, parse_json
-from tandem.gateway.ticket import Ticket
-from tandem.gateway.tokenize import ChatPrompt, Tokenizer
-from tandem.gateway.tracing import Tracing
+from tandem.gateway.http.endpoints import Endpoint
+from tandem.gateway.observe.logs import RequestLog
+from tandem.gateway.observe.metrics import Metrics
+from tandem.gateway.observe.tracing import Tracing
+from tandem.gateway.pairing.bell import Bell
+from tandem.gateway.pairing.legs import common_body
+from tandem.gateway.pairing.pairs import PairDriver
+from tandem.gateway.pairing.reply import Reply, Run
+from tandem.gateway.pairing.ticket import Ticket
+from tandem.gateway.text.detokenize import Vocabulary
+from tandem.gateway.text.model_card import ModelCard
+from tandem.gateway.text.tokenize import ChatPrompt, Tokenizer
+from tandem.gateway.usage.metering import Meter
 
 INLINE_BYTES = 32 * 1024
 """Bodies up to this size are parsed and tokenized on the event loop, mostly in less than a millisecond: handing them to

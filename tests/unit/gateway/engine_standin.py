@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import json
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +41,8 @@ class Engine:
         self.url = ""
         self.scripts: deque[Script] = deque()
         self.default = Script(ids=[1]) if role == "prefill" else Script()
+        self.choose: Callable[[dict[str, Any]], Script | None] = lambda body: None
+        """The script for a request's body, where the order of requests is not certain; None = the next of `scripts`."""
         self.bodies: list[dict[str, Any]] = []
         self.traces: list[str] = []
         """The `traceparent` of each of `bodies`; empty = there was none."""
@@ -112,7 +114,7 @@ class Engine:
         return True
 
     async def _generate(self, body: dict[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        script = self.scripts.popleft() if self.scripts else self.default
+        script = self.choose(body) or (self.scripts.popleft() if self.scripts else self.default)
         self.bodies.append(body)
         if script.status != 200:
             _reply(writer, script.status, b'{"error": {"message": "the scheduler is down"}}')

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import tokenizers
 
-from tandem.gateway.chat_template import ChatTemplate
-from tandem.gateway.detokenize import Vocabulary
-from tandem.gateway.model_card import ModelCard
-from tandem.gateway.tokenize import Tokenizer
+from tandem.gateway.text.chat_template import ChatTemplate
+from tandem.gateway.text.detokenize import Vocabulary
+from tandem.gateway.text.model_card import ModelCard
+from tandem.gateway.text.tokenize import Tokenizer
 from tandem.models.tokenizer import BOS, EOS, VOCAB_SIZE, chat_template, tokenizer_config, tokenizer_json
 
 CONTEXT = 4096

@@ -21,20 +21,20 @@ from tandem.config import FleetConfig
 from tandem.core.types import FleetSnapshot, Group, GroupState, Role
 from tandem.core.usage import UsageRecord
 from tandem.engine.client import EngineClient
-from tandem.gateway.admission import Admission
-from tandem.gateway.app import App
-from tandem.gateway.auth import Authenticator
-from tandem.gateway.http_server import HttpServer
-from tandem.gateway.keys import KeyRing, keep, mint, revoke
-from tandem.gateway.limits import LocalLimits
-from tandem.gateway.logs import RequestLog
-from tandem.gateway.metering import Meter
-from tandem.gateway.metric_observer import AdmissionMetrics
-from tandem.gateway.metrics import Metrics
-from tandem.gateway.pages import Pages
-from tandem.gateway.pairs import PairDriver
+from tandem.gateway.access.admission import Admission
+from tandem.gateway.access.admission_metrics import AdmissionMetrics
+from tandem.gateway.access.auth import Authenticator
+from tandem.gateway.access.keys import KeyRing, keep, mint, revoke
+from tandem.gateway.access.limits import LocalLimits
+from tandem.gateway.http.app import App
+from tandem.gateway.http.pages import Pages
+from tandem.gateway.http.server import HttpServer
+from tandem.gateway.observe.logs import RequestLog
+from tandem.gateway.observe.metrics import Metrics
+from tandem.gateway.observe.tracing import Tracing
+from tandem.gateway.pairing.pairs import PairDriver
 from tandem.gateway.service import Service
-from tandem.gateway.tracing import Tracing
+from tandem.gateway.usage.metering import Meter
 from tandem.models.tokenizer import EOS_ID
 from tandem.state import Store, open_store
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import grpc
 
-from tandem.gateway.answer import Piece, Usage
 from tandem.gateway.errors import ApiError
-from tandem.gateway.grpc_inference import Endpoint
-from tandem.gateway.grpc_peer import Peer
-from tandem.gateway.grpc_server import GrpcServer
-from tandem.gateway.reply import Step
+from tandem.gateway.pairing.reply import Step
+from tandem.gateway.rpc.inference import Endpoint
+from tandem.gateway.rpc.peer import Peer
+from tandem.gateway.rpc.server import GrpcServer
+from tandem.gateway.text.answer import Piece, Usage
 from tandem.v1 import inference_pb2_grpc
 
 USAGE = Usage(prompt=7, completion=3, reasoning=1, cached=4)

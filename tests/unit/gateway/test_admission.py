@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator
 import pytest
 
 from tandem.core.tenants import ANONYMOUS, Priority, Tenant
-from tandem.gateway.admission import Admission, Ask, Permit, RateLimited, span
+from tandem.gateway.access.admission import Admission, Ask, Permit, RateLimited, span
+from tandem.gateway.access.limits import Denial, Grant, LocalLimits
 from tandem.gateway.errors import ApiError
-from tandem.gateway.limits import Denial, Grant, LocalLimits
 
 _names = itertools.count()
 

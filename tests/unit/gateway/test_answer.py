@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tandem.engine.client import Ended
-from tandem.gateway.answer import Answer, Piece
-from tandem.gateway.tools import CALL_BEGIN, CALLS_BEGIN, CALLS_END, ToolFormat, closing, opening
-from tandem.gateway.wire import joined_calls
+from tandem.gateway.api.tools import CALL_BEGIN, CALLS_BEGIN, CALLS_END, ToolFormat, closing, opening
+from tandem.gateway.api.wire import joined_calls
+from tandem.gateway.text.answer import Answer, Piece
 from tandem.models.tokenizer import EOS, EOS_ID
 
 THOUGHT = "I think 日本\n</think>\n\nIt is 😀 so.\nEND of it"

@@ -11,11 +11,11 @@ from gateway_model import CARD
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandem.gateway.answer import Piece, ToolDelta, Usage
-from tandem.gateway.anthropic_api import messages_request
-from tandem.gateway.anthropic_writer import KEEP_ALIVE, MessagesWriter, encode_error, error_event
+from tandem.gateway.api.anthropic_api import messages_request
+from tandem.gateway.api.anthropic_writer import KEEP_ALIVE, MessagesWriter, encode_error, error_event
 from tandem.gateway.errors import ApiError
-from tandem.gateway.stops import StopMatcher
+from tandem.gateway.text.answer import Piece, ToolDelta, Usage
+from tandem.gateway.text.stops import StopMatcher
 
 USAGE = Usage(prompt=10, completion=6, reasoning=2, cached=4)
 PIECES = [

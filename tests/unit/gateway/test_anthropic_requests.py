@@ -12,10 +12,10 @@ from gateway_model import CARD, tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandem.gateway.anthropic_api import MessagesWanted, count_tokens, messages_request
-from tandem.gateway.choices import prompts_of
+from tandem.gateway.api.anthropic_api import MessagesWanted, count_tokens, messages_request
+from tandem.gateway.api.choices import prompts_of
+from tandem.gateway.api.requests import parse_json
 from tandem.gateway.errors import ApiError
-from tandem.gateway.requests import parse_json
 
 HELLO = [{"role": "user", "content": "hello"}]
 USE = {"type": "tool_use", "id": "toolu_1", "name": "add", "input": {"a": 1}}

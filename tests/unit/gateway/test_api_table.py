@@ -13,10 +13,10 @@ import pytest
 from gateway_model import CARD, tokenizer
 from gateway_world import world
 
-from tandem.gateway import anthropic_api, openapi, responses_api, token_api
+from tandem.gateway.api import anthropic_api, openapi, responses_api, token_api
+from tandem.gateway.api.params import HARMLESS, REFUSED, SAMPLING
+from tandem.gateway.api.requests import CHAT_FIELDS, COMPLETION_FIELDS, Wanted, chat_request, completion_request
 from tandem.gateway.errors import ApiError
-from tandem.gateway.params import HARMLESS, REFUSED, SAMPLING
-from tandem.gateway.requests import CHAT_FIELDS, COMPLETION_FIELDS, Wanted, chat_request, completion_request
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "api.md"
 LABELS = {"user": "", "metadata": {}}

@@ -11,9 +11,9 @@ import pytest
 
 from tandem.config import FleetConfig
 from tandem.core.tenants import ANONYMOUS, Priority, Tenant
-from tandem.gateway.auth import Authenticator, check_model, tenant_of
+from tandem.gateway.access.auth import Authenticator, check_model, tenant_of
+from tandem.gateway.access.keys import KEYS, KeyRing, mint
 from tandem.gateway.errors import ApiError
-from tandem.gateway.keys import KEYS, KeyRing, mint
 from tandem.state import Store, open_store
 
 NOW = 1_000_000.0

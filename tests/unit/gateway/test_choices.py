@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from gateway_model import CARD, ids_of, tokenizer, vocabulary
 
-from tandem.gateway.choices import answer_for, prompts_of, sampling_for
+from tandem.gateway.api.choices import answer_for, prompts_of, sampling_for
+from tandem.gateway.api.requests import Wanted, chat_request, completion_request
+from tandem.gateway.api.tools import CALLS_BEGIN, CALLS_END, ToolFormat, closing, opening
 from tandem.gateway.errors import ApiError
-from tandem.gateway.requests import Wanted, chat_request, completion_request
-from tandem.gateway.tokenize import Tokenizer
-from tandem.gateway.tools import CALLS_BEGIN, CALLS_END, ToolFormat, closing, opening
+from tandem.gateway.text.tokenize import Tokenizer
 from tandem.models.tokenizer import BOS_ID
 
 HELLO = [{"role": "user", "content": "hello"}]

@@ -8,9 +8,9 @@ from gateway_model import ids_of, inner, vocabulary
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandem.gateway.detokenize import Detokenizer, Vocabulary
-from tandem.gateway.model_card import ModelError
-from tandem.gateway.tools import SEP
+from tandem.gateway.api.tools import SEP
+from tandem.gateway.text.detokenize import Detokenizer, Vocabulary
+from tandem.gateway.text.model_card import ModelError
 from tandem.models.tokenizer import EOS_ID, VOCAB_SIZE
 
 

@@ -14,7 +14,7 @@ from gateway_model import inner
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tandem.gateway.fast_encode import FastEncoder
+from tandem.gateway.text.fast_encode import FastEncoder
 from tandem.models.tokenizer import tokenizer_json
 
 R1_SPLITS = (

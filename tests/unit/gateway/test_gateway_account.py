@@ -248,7 +248,7 @@ async def test_a_fault_of_ours_is_recorded_and_leaves_nothing_open(monkeypatch: 
         def broken(*_: object) -> None:
             raise RuntimeError("secret")
 
-        monkeypatch.setattr("tandem.gateway.wire.CompletionWriter.whole", broken)
+        monkeypatch.setattr("tandem.gateway.api.wire.CompletionWriter.whole", broken)
         assert (await w.complete()).status == 500
         found = await the_record(w)
     assert (found.outcome, found.completion_tokens) == ("internal_error", 3)
@@ -256,12 +256,12 @@ async def test_a_fault_of_ours_is_recorded_and_leaves_nothing_open(monkeypatch: 
 
 async def test_a_client_that_does_not_read_has_left_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     # 20 ms after its arrival, while the pair table has all the time of the request.
-    monkeypatch.setattr("tandem.gateway.app.SLOW_READER_S", -599.98)
+    monkeypatch.setattr("tandem.gateway.http.app.SLOW_READER_S", -599.98)
 
     async def never(*_: object) -> None:
         await asyncio.Event().wait()
 
-    monkeypatch.setattr("tandem.gateway.exchange.Exchange.write", never)
+    monkeypatch.setattr("tandem.gateway.http.exchange.Exchange.write", never)
     async with world("p0", "d0", request_timeout_s=600) as w:
         w.engines["d0"].default = Script(finish=None)
         _, running = await begun(w, stream=True)

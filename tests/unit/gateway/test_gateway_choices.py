@@ -3,31 +3,59 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from engine_standin import Script
-from gateway_model import ids_of, vocabulary
+from gateway_model import CARD, ids_of, tokenizer, vocabulary
 from gateway_world import Answer, Call, World, saying, world
 
 from tandem.core.pair_events import Fail, Failure, FailureKind
 from tandem.core.routing import RouteAsk
-from tandem.gateway.answer import Answer as Reader
-from tandem.gateway.bell import Bell
+from tandem.gateway.api.choices import sampling_for
+from tandem.gateway.api.requests import completion_request
 from tandem.gateway.errors import ApiError
-from tandem.gateway.metrics import Metrics
-from tandem.gateway.reply import Reply, Run
-from tandem.gateway.ticket import Ticket
-from tandem.gateway.tracing import Tracing
+from tandem.gateway.observe.metrics import Metrics
+from tandem.gateway.observe.tracing import Tracing
+from tandem.gateway.pairing.bell import Bell
+from tandem.gateway.pairing.reply import Reply, Run
+from tandem.gateway.pairing.ticket import Ticket
+from tandem.gateway.text.answer import Answer as Reader
 
 COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
 BROKEN = {"type": "abort", "message": "gone", "status_code": 500}
 WORDS = ["one", "two", "three", "four", "five", "six"]
 
 
-def say(w: World, *texts: str) -> None:
-    """What the engine says to the requests that come, in their order."""
-    w.engines["d0"].scripts.extend(saying(text) for text in texts)
+SEED = 7
+
+
+def seeds_of(n: int) -> list[int]:
+    """The seeds of the choices of a request with SEED."""
+    wanted = completion_request({"model": "tiny", "prompt": [5], "n": n, "seed": SEED}, CARD)
+    form = tokenizer().tool_format
+    return [sampling_for(wanted, i, thinking=False, limit=1, form=form)["sampling_seed"] for i in range(n)]
+
+
+def say(
+    w: World, *each: str | Script | list[Script], prompts: Sequence[Sequence[int]] = (), engine: str = "d0"
+) -> None:
+    """What the engine says to each choice of each prompt (none = of any), in whatever order they come; of a list, to
+    each attempt. The request must have SEED."""
+    seeds = seeds_of(len(each) // (len(prompts) or 1))
+    keys = itertools.product([tuple(prompt) for prompt in prompts] or [()], seeds)
+    table = dict(zip(keys, each, strict=True))
+
+    def choose(body: dict[str, Any]) -> Script | None:
+        prompt = tuple(body["input_ids"]) if prompts else ()
+        found = table[prompt, body["sampling_params"]["sampling_seed"]]
+        if isinstance(found, list):
+            return found.pop(0) if found else None
+        return saying(found) if isinstance(found, str) else found
+
+    w.engines[engine].choose = choose
 
 
 def streamed(answer: Answer) -> dict[int, str]:
@@ -44,6 +72,16 @@ def seeds(w: World) -> list[int | None]:
     return [body["sampling_params"].get("sampling_seed") for body in w.engines["d0"].bodies]
 
 
+def rid_of(w: World, choice: int) -> str:
+    """The engine's name of a choice of a request with SEED."""
+    (found,) = (
+        body["rid"]
+        for body in w.engines["d0"].bodies
+        if body["sampling_params"]["sampling_seed"] == seeds_of(3)[choice]
+    )
+    return str(found)
+
+
 async def begun(w: World, **fields: Any) -> tuple[Call, asyncio.Task[Answer]]:
     """A streamed completion that has sent something, and whose answer goes on."""
     call = w.call("/v1/completions", {"model": "tiny", "prompt": [5, 6], "stream": True, **fields})
@@ -55,7 +93,7 @@ async def begun(w: World, **fields: Any) -> tuple[Call, asyncio.Task[Answer]]:
 async def test_choices_are_numbered_and_the_prompt_counts_once() -> None:
     async with world("p0", "d0") as w:
         say(w, *WORDS[:3])
-        found = (await w.complete(n=3)).json()
+        found = (await w.complete(n=3, seed=SEED)).json()
     assert [(c["index"], c["text"], c["finish_reason"]) for c in found["choices"]] == [
         (0, "one", "stop"),
         (1, "two", "stop"),
@@ -67,9 +105,10 @@ async def test_choices_are_numbered_and_the_prompt_counts_once() -> None:
 
 async def test_each_prompt_of_a_list_is_answered_n_times_and_counts_once() -> None:
     async with world("p0", "d0") as w:
-        say(w, *WORDS)
-        found = (await w.complete(prompt=[[5], [6, 7], [8, 9, 10]], n=2)).json()
-        asked = [body["input_ids"] for body in w.engines["d0"].bodies]
+        prompts = [[5], [6, 7], [8, 9, 10]]
+        say(w, *WORDS, prompts=prompts)
+        found = (await w.complete(prompt=prompts, n=2, seed=SEED)).json()
+        asked = sorted(body["input_ids"] for body in w.engines["d0"].bodies)
     assert [choice["text"] for choice in found["choices"]] == WORDS
     assert asked == [[5], [5], [6, 7], [6, 7], [8, 9, 10], [8, 9, 10]]
     assert found["usage"]["prompt_tokens"] == 6
@@ -77,8 +116,8 @@ async def test_each_prompt_of_a_list_is_answered_n_times_and_counts_once() -> No
 
 async def test_a_stream_of_choices_has_the_same_texts_reasons_and_usage() -> None:
     async with world("p0", "d0") as w:
-        say(w, *WORDS[:4], *WORDS[:4])
-        fields = {"prompt": ["a", "b c"], "n": 2}
+        say(w, *WORDS[:4], prompts=[tokenizer().encode("a"), tokenizer().encode("b c")])
+        fields = {"prompt": ["a", "b c"], "n": 2, "seed": SEED}
         whole = (await w.complete(**fields)).json()
         answer = await w.complete(**fields, stream=True, stream_options={"include_usage": True})
     *events, usage, done = answer.events()
@@ -91,7 +130,7 @@ async def test_a_stream_of_choices_has_the_same_texts_reasons_and_usage() -> Non
 async def test_choices_of_a_chat_stream_each_tell_their_role() -> None:
     async with world("p0", "d0") as w:
         say(w, "hm</think>one", "hm</think>two")
-        answer = await w.chat(n=2, stream=True)
+        answer = await w.chat(n=2, seed=SEED, stream=True)
     roles = [c["index"] for e in answer.events()[:-1] for c in e["choices"] if "role" in c["delta"]]
     assert (sorted(roles), streamed(answer)) == ([0, 1], {0: "one", 1: "two"})
 
@@ -122,7 +161,7 @@ async def test_a_seed_gives_each_choice_its_own_and_the_same_again() -> None:
         await w.complete()
         found = seeds(w)
     assert len(set(found[:3])) == 3
-    assert found[3:6] == found[:3]
+    assert set(found[3:6]) == set(found[:3])
     assert found[6:] == [7, None]
 
 
@@ -140,27 +179,32 @@ async def test_both_legs_of_a_choice_have_its_seed_and_a_room_of_its_own() -> No
 @pytest.mark.parametrize("stream", [False, True])
 async def test_an_echo_puts_each_prompt_before_its_answers(stream: bool) -> None:
     async with world("p0", "d0") as w:
-        say(w, *WORDS[:4])
-        answer = await w.complete(prompt=["A: ", "B: "], n=2, echo=True, stream=stream)
-    texts = list(streamed(answer).values()) if stream else [choice["text"] for choice in answer.json()["choices"]]
+        say(w, *WORDS[:4], prompts=[tokenizer().encode("A: "), tokenizer().encode("B: ")])
+        answer = await w.complete(prompt=["A: ", "B: "], n=2, seed=SEED, echo=True, stream=stream)
+    texts = (
+        [text for _, text in sorted(streamed(answer).items())]
+        if stream
+        else [choice["text"] for choice in answer.json()["choices"]]
+    )
     assert texts == ["A: one", "A: two", "B: three", "B: four"]
 
 
 async def test_stop_strings_end_each_choice_where_it_has_one() -> None:
     async with world("p0", "d0") as w:
-        w.engines["d0"].scripts.append(Script(ids=ids_of("one END more"), finish=None))
-        say(w, "two", "three END")
-        found = (await w.complete(n=3, stop=["END"])).json()
+        say(w, Script(ids=ids_of("one END more"), finish=None), "two", "three END")
+        found = (await w.complete(n=3, seed=SEED, stop=["END"])).json()
         await w.engines["d0"].idle()
         assert [choice["text"] for choice in found["choices"]] == ["one ", "two", "three "]
-        assert w.engines["d0"].aborted[0] == w.engines["d0"].bodies[0]["rid"]
+        assert rid_of(w, 0) in w.engines["d0"].aborted
+        assert rid_of(w, 1) not in w.engines["d0"].aborted
 
 
 async def test_a_choice_that_is_over_does_not_end_the_others() -> None:
     async with world("p0", "d0") as w:
         go = asyncio.Event()
-        w.engines["d0"].scripts.extend([saying("two words", go=go), saying("one")])
-        call = w.call("/v1/completions", {"model": "tiny", "prompt": [5, 6], "n": 2, "stream": True})
+        say(w, saying("two words", go=go), "one")
+        body = {"model": "tiny", "prompt": [5, 6], "n": 2, "seed": SEED, "stream": True}
+        call = w.call("/v1/completions", body)
         running = asyncio.create_task(call.run())
         await call.until_body(b'"index":1,"text":"","logprobs":null,"finish_reason":"stop"')
         go.set()
@@ -171,24 +215,23 @@ async def test_a_choice_that_is_over_does_not_end_the_others() -> None:
 async def test_a_choice_that_fails_fails_the_whole_answer_and_aborts_the_others() -> None:
     async with world("p0", "d0") as w:
         go = asyncio.Event()
-        w.engines["d0"].scripts.extend([Script(finish=None), Script(finish=BROKEN, go=go), Script(finish=None)])
-        running = asyncio.create_task(w.complete(n=3))
+        say(w, Script(finish=None), Script(finish=BROKEN, go=go), Script(finish=None))
+        running = asyncio.create_task(w.complete(n=3, seed=SEED))
         await w.engines["d0"].until(lambda: len(w.engines["d0"].running) == 3)
         await w.until(lambda: w.metric("tandem_delivered_tokens_total") == 8)
         go.set()
         answer = await running
         for one in w.engines.values():
             await one.idle()
-        rids = [body["rid"] for body in w.engines["d0"].bodies]
         assert (answer.status, answer.json()["error"]["code"]) == (503, "engine_failure")
-        assert sorted(w.engines["d0"].aborted) == sorted([rids[0], rids[2]])
+        assert sorted(w.engines["d0"].aborted) == sorted([rid_of(w, 0), rid_of(w, 2)])
 
 
 async def test_a_choice_that_fails_in_mid_stream_is_an_error_event_and_aborts_the_others() -> None:
     async with world("p0", "d0") as w:
         go = asyncio.Event()
-        w.engines["d0"].scripts.extend([Script(finish=None), Script(finish=BROKEN, go=go)])
-        _, running = await begun(w, n=2)
+        say(w, Script(finish=None), Script(finish=BROKEN, go=go))
+        _, running = await begun(w, n=2, seed=SEED)
         await w.until(lambda: w.metric("tandem_delivered_tokens_total") == 5)
         go.set()
         answer = await running
@@ -196,7 +239,7 @@ async def test_a_choice_that_fails_in_mid_stream_is_an_error_event_and_aborts_th
             await one.idle()
         assert answer.complete
         assert answer.events()[-1]["error"]["code"] == "engine_failure"
-        assert w.engines["d0"].aborted == [w.engines["d0"].bodies[0]["rid"]]
+        assert w.engines["d0"].aborted == [rid_of(w, 0)]
 
 
 class NoDriver:
@@ -254,11 +297,9 @@ async def test_a_client_that_leaves_ends_the_legs_of_all_choices() -> None:
 async def test_a_choice_is_retried_alone() -> None:
     async with world("p0", "d0") as w:
         # Were the partner to answer, the room would be lost before the failure is seen.
-        w.engines["p0"].scripts.extend([Script(ids=[1]), Script(ids=[], finish=None)])
-        w.engines["d0"].scripts.append(saying("one"))
-        w.engines["d0"].scripts.append(Script(status=500))
-        say(w, "two")
-        found = (await w.complete(n=2)).json()
+        say(w, [], [Script(ids=[], finish=None)], engine="p0")
+        say(w, "one", [Script(status=500), saying("two")])
+        found = (await w.complete(n=2, seed=SEED)).json()
         assert [choice["text"] for choice in found["choices"]] == ["one", "two"]
         assert len(w.engines["d0"].bodies) == 3
 
@@ -266,7 +307,7 @@ async def test_a_choice_is_retried_alone() -> None:
 async def test_logprobs_of_choices_stay_apart() -> None:
     async with world("p0", "d0") as w:
         say(w, "one", "two")
-        found = (await w.complete(n=2, logprobs=0)).json()
+        found = (await w.complete(n=2, seed=SEED, logprobs=0)).json()
     for choice, word in zip(found["choices"], ["one", "two"], strict=True):
         assert "".join(choice["logprobs"]["tokens"]) == word
 
@@ -274,6 +315,6 @@ async def test_logprobs_of_choices_stay_apart() -> None:
 async def test_every_token_of_every_choice_is_counted_as_delivered() -> None:
     async with world("p0", "d0") as w:
         say(w, *WORDS[:3])
-        usage = (await w.complete(n=3)).json()["usage"]
+        usage = (await w.complete(n=3, seed=SEED)).json()["usage"]
         assert w.metric("tandem_delivered_tokens_total") == usage["completion_tokens"]
         assert w.metric("tandem_time_to_first_token_seconds_count") == 1

@@ -12,7 +12,7 @@ from gateway_model import CONTEXT, ids_of
 from gateway_world import Answer, World, world
 
 from tandem.core.types import GroupState
-from tandem.gateway.pages import COUNT_TOKENS
+from tandem.gateway.http.pages import COUNT_TOKENS
 
 USER = [{"role": "user", "content": "hi"}]
 TOOLS: dict[str, dict[str, Any]] = {

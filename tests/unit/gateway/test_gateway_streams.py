@@ -12,8 +12,8 @@ from engine_standin import LENGTH, Script, logprob_of
 from gateway_model import ids_of
 from gateway_world import Answer, Call, World, saying, world
 
-from tandem.gateway import app
-from tandem.gateway.tools import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEP
+from tandem.gateway.api.tools import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEP
+from tandem.gateway.http import app
 from tandem.models.tokenizer import EOS_ID
 
 USER = [{"role": "user", "content": "hi"}]
@@ -155,7 +155,7 @@ async def test_a_fault_of_ours_in_mid_stream_is_told_without_its_words(
         def broken(*_: object) -> None:
             raise RuntimeError("secret")
 
-        monkeypatch.setattr("tandem.gateway.answer.Answer.feed", broken)
+        monkeypatch.setattr("tandem.gateway.text.answer.Answer.feed", broken)
         go.set()
         answer = await running
         await w.quiet()

@@ -9,7 +9,7 @@ import pytest
 from engine_standin import Script
 from gateway_world import Answer, Call, World, saying, world
 
-from tandem.gateway.endpoints import BY_PATH
+from tandem.gateway.http.endpoints import BY_PATH
 
 USER = [{"role": "user", "content": "hi"}]
 BODIES: dict[str, dict[str, Any]] = {

@@ -13,9 +13,9 @@ from gateway_world import World, saying, world
 
 from tandem.client import AsyncClient, InvalidRequest, NotFound, RateLimited, Unauthenticated
 from tandem.gateway.errors import ApiError
-from tandem.gateway.grpc_front import ServiceAnswers
-from tandem.gateway.grpc_peer import Peer
-from tandem.gateway.grpc_server import GrpcServer
+from tandem.gateway.rpc.front import ServiceAnswers
+from tandem.gateway.rpc.peer import Peer
+from tandem.gateway.rpc.server import GrpcServer
 
 WITHIN_S = 20.0
 
@@ -90,9 +90,11 @@ async def test_a_client_that_leaves_ends_both_legs() -> None:
 
 async def test_choices_are_told_apart() -> None:
     async with both() as (http, client):
-        http.engines["d0"].scripts.extend([saying("one"), saying("two")] * 2)
-        whole = await client.generate([5, 6], n=2)
-        stream = client.generate_stream([5, 6], n=2)
+        http.engines["d0"].choose = lambda body: saying(
+            "one" if body["sampling_params"]["sampling_seed"] == 7 else "two"
+        )
+        whole = await client.generate([5, 6], n=2, seed=7)
+        stream = client.generate_stream([5, 6], n=2, seed=7)
         async for _ in stream:
             pass
     assert [choice.text for choice in whole.choices] == ["one", "two"]

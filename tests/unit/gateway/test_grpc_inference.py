@@ -11,10 +11,10 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2
 
-from tandem.gateway.answer import Piece, TokenLogprob, ToolDelta
 from tandem.gateway.errors import ApiError
-from tandem.gateway.exchange import ClientLeft
-from tandem.gateway.reply import Step
+from tandem.gateway.http.exchange import ClientLeft
+from tandem.gateway.pairing.reply import Step
+from tandem.gateway.text.answer import Piece, TokenLogprob, ToolDelta
 from tandem.v1 import inference_pb2 as pb
 from unit.gateway.grpc_standin import USAGE, SaidReply, Served, serving, steps, too_many
 
@@ -255,7 +255,7 @@ async def test_a_connection_that_is_gone_closes_all_its_replies(served: Served) 
 async def test_a_client_that_does_not_read_holds_the_reply_back_and_is_left_in_the_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("tandem.gateway.grpc_inference.SLOW_READER_S", 0.5)
+    monkeypatch.setattr("tandem.gateway.rpc.inference.SLOW_READER_S", 0.5)
     text = "x" * 65_536
     async with serving(lambda: SaidReply(steps(*[text] * 4096)), longest_s=1.0) as served:
         call = served.stub.Generate(GENERATE)

@@ -53,7 +53,7 @@ async def test_health_of_an_unknown_service_is_not_found_and_watched_as_unknown(
 
 
 async def test_a_watch_is_told_of_each_change_and_of_the_end(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tandem.gateway.grpc_health_service.LOOK_S", 3600.0)
+    monkeypatch.setattr("tandem.gateway.rpc.health.LOOK_S", 3600.0)
     watch = health_pb2_grpc.HealthStub(served.channel).Watch(health_pb2.HealthCheckRequest())
     async with asyncio.timeout(WITHIN_S):
         assert (await watch.read()).status == SERVING
@@ -70,7 +70,7 @@ async def test_a_watch_is_told_of_each_change_and_of_the_end(served: Served, mon
 
 
 async def test_a_watch_looks_by_itself_for_what_nobody_tells(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tandem.gateway.grpc_health_service.LOOK_S", 0.01)
+    monkeypatch.setattr("tandem.gateway.rpc.health.LOOK_S", 0.01)
     watch = health_pb2_grpc.HealthStub(served.channel).Watch(health_pb2.HealthCheckRequest())
     async with asyncio.timeout(WITHIN_S):
         assert (await watch.read()).status == SERVING

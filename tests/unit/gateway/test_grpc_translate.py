@@ -13,10 +13,10 @@ from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tandem.gateway.api.params import SAMPLING
+from tandem.gateway.api.requests import CHAT_FIELDS, COMPLETION_FIELDS, chat_request, completion_request
 from tandem.gateway.errors import ApiError
-from tandem.gateway.grpc_translate import chat_body, generate_body
-from tandem.gateway.params import SAMPLING
-from tandem.gateway.requests import CHAT_FIELDS, COMPLETION_FIELDS, chat_request, completion_request
+from tandem.gateway.rpc.translate import chat_body, generate_body
 from tandem.v1 import inference_pb2 as pb
 
 SAID_OTHERWISE = {

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tandem.gateway import exchange as exchanges
 from tandem.gateway.errors import ApiError
-from tandem.gateway.exchange import ClientLeft, Exchange
-from tandem.gateway.http_server import HttpServer, Limits
+from tandem.gateway.http import exchange as exchanges
+from tandem.gateway.http.exchange import ClientLeft, Exchange
+from tandem.gateway.http.server import HttpServer, Limits
 
 Handler = Callable[[Exchange], Awaitable[None]]
 

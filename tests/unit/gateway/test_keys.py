@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from tandem.gateway.keys import KEY_PATTERN, KEYS, KeyFault, KeyRecord, KeyRing, keep, mint, read_keys, revoke
+from tandem.gateway.access.keys import KEY_PATTERN, KEYS, KeyFault, KeyRecord, KeyRing, keep, mint, read_keys, revoke
 from tandem.state import Store, StoreError, open_store
 
 
@@ -150,7 +150,7 @@ async def test_a_deleted_record_opens_nothing(store: Store, ring: KeyRing) -> No
 async def test_the_record_of_a_key_that_ended_is_kept_for_a_while_only(
     store: Store, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
-    monkeypatch.setattr("tandem.gateway.keys.KEPT_S", 0.05)
+    monkeypatch.setattr("tandem.gateway.access.keys.KEPT_S", 0.05)
     record, _ = await new_key(store, lives_s=0.001 if end == "expired" else None)
     if end == "revoked":
         await revoke(store, record.id, now=3000.0)

@@ -14,8 +14,8 @@ from tandem.core.kv_source import KvSource
 from tandem.core.prefix_index import PrefixIndex, Worker
 from tandem.core.routing import Pair, RouteAsk, Router
 from tandem.core.types import Group, GroupState, Rank, Role
-from tandem.gateway import kv_events
-from tandem.gateway.kv_events import KvEvents
+from tandem.gateway.pairing import kv_events
+from tandem.gateway.pairing.kv_events import KvEvents
 
 BLOCK = 4
 PROMPT = list(range(100, 112))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandem.gateway.kv_sequence import FORGET, BatchSequence
+from tandem.gateway.pairing.kv_sequence import FORGET, BatchSequence
 
 
 def batch(number: int) -> bytes:

@@ -11,7 +11,7 @@ from tandem.core.pair_events import FailureKind
 from tandem.core.routing import Router
 from tandem.core.types import DpLoad, Group, GroupState, Role
 from tandem.engine.client import EngineError
-from tandem.gateway.load_poller import LoadPoller
+from tandem.gateway.pairing.load_poller import LoadPoller
 
 GROUP = Group(group="decode-0", role=Role.DECODE, epoch=1, state=GroupState.READY, url="http://d0")
 

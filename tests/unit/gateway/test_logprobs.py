@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tandem.engine.client import Ended, Logprob
-from tandem.gateway.answer import Answer, Piece, TokenLogprob
-from tandem.gateway.tools import CALLS_BEGIN, CALLS_END, ToolFormat, closing, opening
+from tandem.gateway.api.tools import CALLS_BEGIN, CALLS_END, ToolFormat, closing, opening
+from tandem.gateway.text.answer import Answer, Piece, TokenLogprob
 from tandem.models.tokenizer import EOS_ID
 
 CALL = CALLS_BEGIN + opening("f", ToolFormat.R1) + "{}" + closing(ToolFormat.R1) + CALLS_END

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tandem.core.usage import UsageRecord
-from tandem.gateway.logs import JsonFormatter, Logs, RedactingFilter, RequestLog, configure_logs, redact
+from tandem.gateway.observe.logs import JsonFormatter, Logs, RedactingFilter, RequestLog, configure_logs, redact
 
 KEY = "tdm-abcdefgh-" + "k" * 52
 JWT = "eyJhbGciOiJSUzI1NiJ9.eyJzdWIiOiJhbm4ifQ.c2lnbmF0dXJl"

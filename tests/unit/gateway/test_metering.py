@@ -12,11 +12,11 @@ import msgspec
 import pytest
 
 from tandem.core.usage import UsageRecord
-from tandem.gateway import usage_journal as files
-from tandem.gateway.metering import Meter, make_meter
-from tandem.gateway.metrics import Metrics
-from tandem.gateway.usage_journal import Journal
-from tandem.gateway.usage_sinks import FileSink, SinkError
+from tandem.gateway.observe.metrics import Metrics
+from tandem.gateway.usage import journal as files
+from tandem.gateway.usage.journal import Journal
+from tandem.gateway.usage.metering import Meter, make_meter
+from tandem.gateway.usage.sinks import FileSink, SinkError
 
 
 class Clock:

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from tandem.gateway.metric_types import Bounded, Histogram, Registry
-from tandem.gateway.metrics import Metrics
+from tandem.gateway.observe.metric_types import Bounded, Histogram, Registry
+from tandem.gateway.observe.metrics import Metrics
 
 UNITS = ("_seconds", "_bytes", "_total", "_info")
 COUNTED = {

@@ -20,12 +20,12 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 
 from tandem.config import FleetConfig, OidcConfig
-from tandem.gateway.auth import Authenticator
+from tandem.gateway.access.auth import Authenticator
+from tandem.gateway.access.jwks import REFRESH_S, RETRY_S, IssuerDown, KeySet
+from tandem.gateway.access.keys import KeyRing
+from tandem.gateway.access.oidc import TokenRefused, TokenVerifier
+from tandem.gateway.access.tls import server_ssl_context
 from tandem.gateway.errors import ApiError
-from tandem.gateway.jwks import REFRESH_S, RETRY_S, IssuerDown, KeySet
-from tandem.gateway.keys import KeyRing
-from tandem.gateway.oidc import TokenRefused, TokenVerifier
-from tandem.gateway.tls import server_ssl_context
 from tandem.state import open_store
 
 RSA = rsa.generate_private_key(public_exponent=65537, key_size=2048)

@@ -15,17 +15,17 @@ from gateway_model import CARD, tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandem.gateway import openapi
-from tandem.gateway.answer import Piece, ToolDelta, Usage
-from tandem.gateway.anthropic_api import count_tokens, messages_request
-from tandem.gateway.anthropic_writer import MessagesWriter, encode_error
+from tandem.gateway.api import openapi
+from tandem.gateway.api.anthropic_api import count_tokens, messages_request
+from tandem.gateway.api.anthropic_writer import MessagesWriter, encode_error
+from tandem.gateway.api.params import HARMLESS, REFUSED, SAMPLING
+from tandem.gateway.api.requests import CHAT_FIELDS, COMPLETION_FIELDS, chat_request, completion_request
+from tandem.gateway.api.responses_api import responses_request
+from tandem.gateway.api.responses_writer import ResponsesWriter
+from tandem.gateway.api.token_api import detokenize, tokenize
+from tandem.gateway.api.wire import ChatWriter, CompletionWriter
 from tandem.gateway.errors import ApiError
-from tandem.gateway.params import HARMLESS, REFUSED, SAMPLING
-from tandem.gateway.requests import CHAT_FIELDS, COMPLETION_FIELDS, chat_request, completion_request
-from tandem.gateway.responses_api import responses_request
-from tandem.gateway.responses_writer import ResponsesWriter
-from tandem.gateway.token_api import detokenize, tokenize
-from tandem.gateway.wire import ChatWriter, CompletionWriter
+from tandem.gateway.text.answer import Piece, ToolDelta, Usage
 
 DOCUMENT: dict[str, Any] = json.loads(openapi.page(CARD, "1.2.3"))
 SCHEMAS = DOCUMENT["components"]["schemas"]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandem.gateway.reasoning import ReasoningParser
+from tandem.gateway.text.reasoning import ReasoningParser
 
 
 def run(pieces: list[str], thinking: bool) -> tuple[str, str]:

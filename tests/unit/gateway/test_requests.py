@@ -13,9 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tandem.core.tenants import Priority
-from tandem.gateway.errors import ApiError
-from tandem.gateway.params import HARMLESS, SAMPLING
-from tandem.gateway.requests import (
+from tandem.gateway.api.params import HARMLESS, SAMPLING
+from tandem.gateway.api.requests import (
     CHAT_FIELDS,
     COMPLETION_FIELDS,
     Wanted,
@@ -24,6 +23,7 @@ from tandem.gateway.requests import (
     completion_request,
     parse_json,
 )
+from tandem.gateway.errors import ApiError
 
 HELLO = [{"role": "user", "content": "hello"}]
 

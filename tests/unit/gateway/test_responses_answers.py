@@ -10,10 +10,10 @@ from gateway_model import CARD
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandem.gateway.answer import Piece, TokenLogprob, ToolDelta, Usage
+from tandem.gateway.api.responses_api import responses_request
+from tandem.gateway.api.responses_writer import ResponsesWriter, encode_error, error_event
 from tandem.gateway.errors import ApiError
-from tandem.gateway.responses_api import responses_request
-from tandem.gateway.responses_writer import ResponsesWriter, encode_error, error_event
+from tandem.gateway.text.answer import Piece, TokenLogprob, ToolDelta, Usage
 
 USAGE = Usage(prompt=10, completion=6, reasoning=2, cached=4)
 PIECES = [

@@ -11,9 +11,9 @@ from gateway_model import CARD
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tandem.gateway.api.requests import parse_json
+from tandem.gateway.api.responses_api import ResponsesWanted, responses_request
 from tandem.gateway.errors import ApiError
-from tandem.gateway.requests import parse_json
-from tandem.gateway.responses_api import ResponsesWanted, responses_request
 
 TOOL = {"type": "function", "name": "add", "parameters": {"type": "object"}, "strict": True}
 CALL = {"type": "function_call", "call_id": "c1", "name": "add", "arguments": '{"a":1}'}

@@ -17,7 +17,7 @@ import uvloop
 from certificates import Authority, Signed
 
 from tandem.config import TlsConfig
-from tandem.gateway.tls import (
+from tandem.gateway.access.tls import (
     TlsError,
     follow,
     grpc_certificate,

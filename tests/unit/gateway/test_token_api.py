@@ -10,8 +10,8 @@ from gateway_model import CARD, CONTEXT, inner, tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tandem.gateway.api.token_api import detokenize, tokenize
 from tandem.gateway.errors import ApiError
-from tandem.gateway.token_api import detokenize, tokenize
 from tandem.models.tokenizer import BOS
 
 HELLO = [{"role": "user", "content": "hello"}]

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from gateway_model import ids_of, inner, model_folder, tokenizer
 
-from tandem.gateway.chat_template import ChatTemplate, TemplateRefusal, load_template
-from tandem.gateway.model_card import ModelError, load_card
-from tandem.gateway.tokenize import Tokenizer
-from tandem.gateway.tools import ToolFormat
+from tandem.gateway.api.tools import ToolFormat
+from tandem.gateway.text.chat_template import ChatTemplate, TemplateRefusal, load_template
+from tandem.gateway.text.model_card import ModelError, load_card
+from tandem.gateway.text.tokenize import Tokenizer
 from tandem.models.tokenizer import BOS, BOS_ID
 
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tandem.gateway.tool_parser import ToolParser
-from tandem.gateway.tools import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEP, ToolFormat, closing, opening
-from tandem.gateway.wire import joined_calls
+from tandem.gateway.api.tools import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEP, ToolFormat, closing, opening
+from tandem.gateway.api.wire import joined_calls
+from tandem.gateway.text.tool_parser import ToolParser
 
 Calls = list[tuple[str, str]]
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from tandem.gateway.api.tools import Choice, ToolFormat, calls_grammar, checked_choice, checked_tools, format_of
 from tandem.gateway.errors import ApiError
-from tandem.gateway.tools import Choice, ToolFormat, calls_grammar, checked_choice, checked_tools, format_of
 from tandem.models.tokenizer import chat_template
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}

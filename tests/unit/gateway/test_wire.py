@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from gateway_model import ids_of, vocabulary
 
-from tandem.gateway.pieces import Piece, TokenLogprob, ToolDelta, Usage
-from tandem.gateway.requests import Wanted
-from tandem.gateway.wire import ChatWriter, CompletionWriter
+from tandem.gateway.api.requests import Wanted
+from tandem.gateway.api.wire import ChatWriter, CompletionWriter
+from tandem.gateway.text.pieces import Piece, TokenLogprob, ToolDelta, Usage
 
 USAGE = Usage(prompt=7, completion=5, reasoning=2, cached=3)
 COUNTS = {

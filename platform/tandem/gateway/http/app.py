@@ -1,0 +1,217 @@
+"""The HTTP side: which request goes where, and how its answer goes out."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+
+from tandem.core.tenants import ANONYMOUS
+from tandem.gateway.api.wire import Writer
+from tandem.gateway.asked import Asked
+from tandem.gateway.errors import ApiError
+from tandem.gateway.http.endpoints import BY_PATH, Endpoint
+from tandem.gateway.http.exchange import ClientLeft, Exchange
+from tandem.gateway.http.pages import Pages
+from tandem.gateway.pairing.reply import Reply
+from tandem.gateway.service import Service
+from tandem.gateway.text.answer import Piece
+
+log = logging.getLogger(__name__)
+
+JSON: tuple[bytes, bytes] = (b"content-type", b"application/json")
+EVENTS: Sequence[tuple[bytes, bytes]] = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+)
+SLOW_READER_S = 10.0
+"""Grace beyond a request's own deadline for a client that reads its answer slowly."""
+KEEP_ALIVE_S = 10.0
+"""A stream in which nothing happens says so as often, that no proxy on the way takes it for dead."""
+
+
+class App:
+    """The handler of one gateway replica's HTTP server."""
+
+    def __init__(self, service: Service, pages: Pages) -> None:
+        self._service = service
+        self._pages = pages
+
+    async def __call__(self, exchange: Exchange) -> None:
+        endpoint = BY_PATH.get(exchange.path)
+        encode = endpoint.error if endpoint is not None else self._pages.error_of(exchange.path)
+        try:
+            if endpoint is None:
+                await self._page(exchange)
+            elif exchange.method != "POST":
+                raise ApiError(405, f"Not allowed to {exchange.method} on {exchange.path}; use POST.")
+            else:
+                await self._generate(exchange, endpoint)
+        except ClientLeft:
+            log.debug("the client of request %s has gone", exchange.request_id.decode())
+        except ApiError as error:
+            _refuse(exchange, error, encode)
+        except Exception:  # the boundary: whatever is wrong here, the client gets an answer and we a traceback
+            log.exception("request %s on %s broke", exchange.request_id.decode(), exchange.path)
+            _refuse(exchange, _internal(), encode)
+
+    async def _page(self, exchange: Exchange) -> None:
+        headers = exchange.headers
+        if not self._pages.is_open(exchange.path):
+            identity = await self._service.authenticator.identify(headers, exchange.certificate)
+            tenant = identity.tenant
+        else:
+            tenant = ANONYMOUS
+        body = b""
+        if exchange.method == "POST":
+            body = await exchange.read(self._service.config.max_body_bytes)
+        status, kind, data = await self._pages.get(exchange.method, exchange.path, body, tenant)
+        exchange.reply(status, data, [(b"content-type", kind)])
+
+    async def _generate(self, exchange: Exchange, endpoint: Endpoint) -> None:
+        asked = Asked(
+            self._service,
+            endpoint,
+            headers=exchange.headers,
+            certificate=exchange.certificate,
+            request_id=exchange.request_id.decode(),
+            arrived=exchange.arrived,
+        )
+        failed: BaseException | None = None
+        try:
+            await asked.identify()
+            body = await exchange.read(self._service.config.max_body_bytes)
+            task = asyncio.current_task()
+            assert task is not None, "a handler runs in a task"
+            # While it waits for its turn there is nothing else to end.
+            exchange.when_left(task.cancel)
+            reply = await asked.begin(body)
+            exchange.when_left(asked.leave)
+            async with asyncio.timeout_at(asked.deadline + SLOW_READER_S):
+                if asked.wanted.stream:
+                    await _Stream(exchange, asked, reply).run()
+                else:
+                    await _whole(exchange, asked, reply)
+        except TimeoutError:
+            # Only a client that does not read gets here: the pair table ends everything else in time.
+            failed = ClientLeft()
+            raise failed from None
+        except BaseException as error:
+            failed = error
+            raise
+        finally:
+            asked.close(failed)
+
+
+class _Stream:
+    """Sends a reply as it comes."""
+
+    def __init__(self, exchange: Exchange, asked: Asked, reply: Reply) -> None:
+        self._exchange = exchange
+        self._asked = asked
+        self._reply = reply
+        self._writer: Writer = asked.writer()
+        self._keep_alive = asked.endpoint.keep_alive
+        self._loop = asyncio.get_running_loop()
+        self._written = self._loop.time()
+        self._opening: bytes | None = self._writer.first()
+
+    async def run(self) -> None:
+        self._timer = self._loop.call_later(KEEP_ALIVE_S, self._beat)
+        try:
+            while await self._step():
+                pass
+        except ApiError as error:
+            if not self._exchange.started:
+                raise
+            # No `[DONE]`: it is not done.
+            self._exchange.end(self._failed(error))
+            raise
+        except ClientLeft:
+            raise
+        except Exception:
+            if self._exchange.started:
+                self._exchange.end(self._failed(_internal()))
+            raise
+        finally:
+            self._timer.cancel()
+
+    def _failed(self, error: ApiError) -> bytes:
+        # A stream that has said nothing but that it lives still begins as all do.
+        opening, self._opening = self._opening or b"", None
+        tell: Callable[[ApiError, str], bytes] = getattr(self._writer, "failed", self._asked.endpoint.error_event)
+        return opening + tell(error, self._exchange.request_id.decode())
+
+    async def _step(self) -> bool:
+        writer = self._writer
+        data, done = b"", False
+        for step in await self._reply.next():
+            data += writer.piece(step.index, step.piece)
+            if step.reason is not None:
+                data += writer.last(step.index, step.reason)
+            if step.usage is not None:
+                data += writer.closing(step.usage)
+                done = True
+        # Until there is a first token a failure can still have its own status.
+        if self._opening is not None:
+            data = self._opening + data
+            self._start()
+        if done:
+            self._exchange.end(data)
+            return False
+        if data:
+            self._written = self._loop.time()
+            await self._exchange.write(data)
+        return True
+
+    def _start(self) -> None:
+        self._opening = None
+        if not self._exchange.started:
+            self._exchange.start(200, [*EVENTS, *self._asked.headers()])
+
+    def _beat(self) -> None:
+        """Nothing may have been written for a while."""
+        now = self._loop.time()
+        if now - self._written >= KEEP_ALIVE_S:
+            self._written = now
+            if not self._exchange.started:
+                self._exchange.start(200, [*EVENTS, *self._asked.headers()])
+            self._exchange.remark(self._keep_alive)
+        self._timer = self._loop.call_at(self._written + KEEP_ALIVE_S, self._beat)
+
+
+async def _whole(exchange: Exchange, asked: Asked, reply: Reply) -> None:
+    pieces: list[list[Piece]] = [[] for _ in reply.runs]
+    reasons = [""] * len(pieces)
+    while reply.usage is None:
+        for step in await reply.next():
+            pieces[step.index].append(step.piece)
+            if step.reason is not None:
+                reasons[step.index] = step.reason
+    choices = [(_joined(found), reason) for found, reason in zip(pieces, reasons, strict=True)]
+    exchange.reply(200, asked.writer().whole(choices, reply.usage), [JSON, *asked.headers()])
+
+
+def _joined(pieces: list[Piece]) -> Piece:
+    return Piece(
+        "".join(piece.reasoning for piece in pieces),
+        "".join(piece.content for piece in pieces),
+        [token for piece in pieces for token in piece.ids],
+        [delta for piece in pieces for delta in piece.tools],
+        [one for piece in pieces for one in piece.logprobs],
+    )
+
+
+def _internal() -> ApiError:
+    message = "The server had an error while processing your request."
+    return ApiError(500, message, type="server_error", code="internal_error")
+
+
+def _refuse(exchange: Exchange, error: ApiError, encode: Callable[[ApiError, str], bytes]) -> None:
+    """Answer with an error, unless something has been answered already."""
+    if exchange.started:
+        return
+    body = encode(error, exchange.request_id.decode())
+    # The rest of a body that is late or too large is not read; and who has not said who he is may send none.
+    exchange.reply(error.status, body, [JSON, *error.headers()], close=error.status in (408, 413))

@@ -1,0 +1,221 @@
+"""Serves `tandem.v1.Inference`: a call becomes the body that the HTTP API takes, and goes the way of such a body."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from typing import Any, Literal, Protocol, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from tandem.gateway.errors import ApiError
+from tandem.gateway.http.exchange import ClientLeft
+from tandem.gateway.rpc.answers import Step, chat_choices, chat_delta, text_choices, text_delta, usage_message
+from tandem.gateway.rpc.errors import sentence, status_code, trailing_metadata
+from tandem.gateway.rpc.peer import Peer, peer_of
+from tandem.gateway.rpc.translate import Body, chat_body, generate_body
+from tandem.v1 import inference_pb2 as pb
+
+SERVICE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
+SLOW_READER_S = 10.0
+"""Grace beyond a request's own deadline for a client that reads its answer slowly."""
+
+Endpoint = Literal["chat", "completions"]
+
+_log = logging.getLogger(__name__)
+_Context = grpc.aio.ServicerContext[Any, Any]
+_Request = TypeVar("_Request", bound=Message)
+
+
+class Reply(Protocol):
+    """An answer on its way."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def model(self) -> str: ...
+    @property
+    def created(self) -> int:
+        """When it began, in Unix seconds."""
+
+    @property
+    def weight_version(self) -> str:
+        """Version of the weights that computed the newest token."""
+
+    @property
+    def prompt_ids(self) -> Sequence[int]:
+        """Tokens of the prompt."""
+
+    async def next(self) -> Sequence[Step]:
+        """Wait for more. The last step of all has `usage`. Raises ApiError and ClientLeft."""
+
+    def close(self, error: BaseException | None) -> None:
+        """It is over, complete or with this error (`CancelledError`: nobody waits for it). Ends what still works on it.
+
+        Called exactly once for each reply that has begun.
+        """
+
+
+class Answers(Protocol):
+    """What answers requests, whichever front they come by."""
+
+    async def begin(self, endpoint: Endpoint, body: Body, peer: Peer, deadline: float | None) -> Reply:
+        """Authenticate, check, tokenize, admit and submit. Raises ApiError.
+
+        `deadline`: when the caller stops waiting, on the loop's clock. Whatever it raises, `CancelledError` too, it has
+        left nothing behind.
+        """
+
+
+class InferenceService:
+    """The service over one gateway's answers; `handlers` is what a server takes."""
+
+    def __init__(self, answers: Answers, *, longest_s: float) -> None:
+        """`longest_s`: seconds that a request may take. A client that has not read its answer soon after is left."""
+        self._answers = answers
+        self._longest_s = longest_s + SLOW_READER_S
+
+    def methods(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
+        """By name. They parse their requests themselves, so that garbage is answered and not logged as a crash."""
+        stream, unary = grpc.unary_stream_rpc_method_handler, grpc.unary_unary_rpc_method_handler
+        return {
+            "Generate": stream(self.generate, response_serializer=pb.GenerateResponse.SerializeToString),
+            "GenerateOnce": unary(self.generate_once, response_serializer=pb.GenerateOnceResponse.SerializeToString),
+            "Chat": stream(self.chat, response_serializer=pb.ChatResponse.SerializeToString),
+            "ChatOnce": unary(self.chat_once, response_serializer=pb.ChatOnceResponse.SerializeToString),
+        }
+
+    async def generate(self, data: bytes, context: _Context) -> None:
+        async with self._answering(context, data) as (peer, deadline):
+            request = _parse(pb.GenerateRequest, data)
+            reply = await self._answers.begin("completions", generate_body(request), peer, deadline)
+            ids = request.options.return_token_ids
+            await _stream(context, reply, pb.GenerateResponse, text_delta, ids=ids)
+
+    async def generate_once(self, data: bytes, context: _Context) -> pb.GenerateOnceResponse:
+        async with self._answering(context, data) as (peer, deadline):
+            request = _parse(pb.GenerateOnceRequest, data)
+            reply = await self._answers.begin("completions", generate_body(request), peer, deadline)
+            ids = request.options.return_token_ids
+            steps = await _all(reply)
+            return pb.GenerateOnceResponse(
+                info=_info(reply, ids=ids),
+                weight_version=reply.weight_version,
+                choices=text_choices(steps, ids=ids),
+                usage=_usage(steps),
+            )
+
+    async def chat(self, data: bytes, context: _Context) -> None:
+        async with self._answering(context, data) as (peer, deadline):
+            request = _parse(pb.ChatRequest, data)
+            reply = await self._answers.begin("chat", chat_body(request), peer, deadline)
+            ids = request.options.return_token_ids
+            await _stream(context, reply, pb.ChatResponse, chat_delta, ids=ids)
+
+    async def chat_once(self, data: bytes, context: _Context) -> pb.ChatOnceResponse:
+        async with self._answering(context, data) as (peer, deadline):
+            request = _parse(pb.ChatOnceRequest, data)
+            reply = await self._answers.begin("chat", chat_body(request), peer, deadline)
+            ids = request.options.return_token_ids
+            steps = await _all(reply)
+            return pb.ChatOnceResponse(
+                info=_info(reply, ids=ids),
+                weight_version=reply.weight_version,
+                choices=chat_choices(steps, ids=ids),
+                usage=_usage(steps),
+            )
+
+    @contextlib.asynccontextmanager
+    async def _answering(self, context: _Context, data: bytes) -> AsyncIterator[tuple[Peer, float | None]]:
+        """Hold the block to the call's limits, and end the call if it fails. Gives (peer, deadline).
+
+        gRPC itself cancels the method when the client cancels, is gone, or has waited to its deadline.
+        """
+        peer = peer_of(context, len(data))
+        identity = (("x-request-id", peer.request_id),)
+        context.set_trailing_metadata(identity)
+        remaining = context.time_remaining()
+        deadline = None if remaining is None else asyncio.get_running_loop().time() + remaining
+        try:
+            async with asyncio.timeout(self._longest_s):
+                yield peer, deadline
+            return
+        except ApiError as found:
+            error = found
+        except ClientLeft:
+            error = ApiError(499, "The call was given up.", code="client_gone")
+        except TimeoutError:
+            # Only a client that does not read gets here: everything else has ended by itself before.
+            error = ApiError(504, f"The answer was not read within {self._longest_s:g} s.", code="timeout")
+        except Exception:  # noqa: BLE001 - the boundary: whatever is wrong here, the client gets an answer and we a traceback
+            _log.exception("gRPC request %s broke", peer.request_id)
+            message = "The server had an error while processing your request."
+            error = ApiError(500, message, type="server_error", code="internal_error")
+        await context.abort(status_code(error.status), sentence(error), identity + trailing_metadata(error))
+
+
+async def _stream(
+    context: _Context,
+    reply: Reply,
+    response: Callable[..., Message],
+    delta: Callable[[Step, bool], Message | None],
+    *,
+    ids: bool,
+) -> None:
+    """Write each batch of steps as one message; the next batch is asked for when the client has room for it."""
+    info: pb.AnswerInfo | None = _info(reply, ids=ids)
+    version = ""
+    with _closing(reply):
+        while True:
+            steps = await reply.next()
+            news = [found for step in steps if (found := delta(step, ids)) is not None]
+            usage = _usage(steps)
+            changed = reply.weight_version if reply.weight_version != version else ""
+            if news or usage or info or changed:
+                await context.write(response(info=info, weight_version=changed, deltas=news, usage=usage))
+                info, version = None, reply.weight_version
+            if usage is not None:
+                return
+
+
+async def _all(reply: Reply) -> list[Step]:
+    steps: list[Step] = []
+    with _closing(reply):
+        while not steps or steps[-1].usage is None:
+            steps += await reply.next()
+        return steps
+
+
+@contextlib.contextmanager
+def _closing(reply: Reply) -> Iterator[None]:
+    """Close the reply when the block is left, however it is left."""
+    failed: BaseException | None = None
+    try:
+        yield
+    except BaseException as error:
+        failed = error
+        raise
+    finally:
+        reply.close(failed)
+
+
+def _parse(kind: type[_Request], data: bytes) -> _Request:
+    try:
+        return kind.FromString(data)
+    except DecodeError as error:
+        message = f"The request is not a valid {kind.DESCRIPTOR.full_name}: {error}. Is it made from the same .proto?"
+        raise ApiError(400, message, code="invalid_request") from error
+
+
+def _info(reply: Reply, *, ids: bool) -> pb.AnswerInfo:
+    prompt = reply.prompt_ids if ids else None
+    return pb.AnswerInfo(id=reply.id, model=reply.model, created=reply.created, prompt_token_ids=prompt)
+
+
+def _usage(steps: Sequence[Step]) -> pb.Usage | None:
+    """What the reply cost, if it is over."""
+    found = steps[-1].usage if steps else None
+    return None if found is None else usage_message(found)
