@@ -26,11 +26,12 @@ down: install
 status: install
 	$(BIN)/tandem status
 
-test: dev sdk-venv
-	$(BIN)/python -m pytest
+# The unit tests two at a time; the others share fleets, and the machine.
+test: unit sdk-venv
+	$(BIN)/python -m pytest --ignore tests/unit
 
 unit: dev
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest tests/unit -n 2
 
 bench: dev
 	$(BIN)/tandem bench

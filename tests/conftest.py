@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 
@@ -11,7 +12,12 @@ from hypothesis import HealthCheck, settings
 from support.redis_server import RedisServer
 
 # How fast an example is says something about the machine, not about the code.
-settings.register_profile("tandem", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "tandem",
+    deadline=None,
+    max_examples=int(os.environ.get("TANDEM_EXAMPLES", "40")),
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("tandem")
 
 
