@@ -327,6 +327,10 @@ class PairTable:
     def _arm(self, request: _Request) -> None:
         # At least one entry per request is at or before its due time; stale ones are dropped or put back by `_tick`.
         self.timers_set += 1
+        if len(self._timers) > 64 + 4 * len(self._requests):
+            # Nearly all are of requests that are over; left there, they would pile up for as long as a token may take.
+            self._timers = [(one.due(), serial, one.name) for serial, one in enumerate(self._requests.values())]
+            heapq.heapify(self._timers)
         heapq.heappush(self._timers, (request.due(), self.timers_set, request.name))
 
     # Consequences

@@ -49,9 +49,9 @@ class Response:
         self._waiter: asyncio.Future[None] | None = None
         self._listener: Callable[[], None] | None = None
 
-    def listen(self, listener: Callable[[], None]) -> None:
+    def listen(self, listener: Callable[[], None] | None) -> None:
         """Have `listener` called whenever there is news, in place of awaiting it: then look at `status`, `take`, `done`
-        and `failure`. It is called once for all that arrived together."""
+        and `failure`. It is called once for all that arrived together. None: nobody listens any more."""
         self._listener = listener
 
     @property

@@ -18,7 +18,7 @@ from ray.serve.config import ProxyLocation
 
 from tandem.config import FleetConfig
 from tandem.gateway.observe.logs import configure_logs
-from tandem.gateway.replica import GatewayReplica
+from tandem.gateway.replica import GatewayReplica, spare_the_collector
 
 APPLICATION = "tandem-gateway"
 DRAIN_S = 30.0
@@ -42,6 +42,7 @@ class _Gateway:
             node=ray.get_runtime_context().get_node_id(),
         )
         self._replica.start()
+        spare_the_collector()
 
     async def check_health(self) -> None:
         """Called by Serve; raises when our own listener does not answer."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import http.client
 import logging
 import os
@@ -229,6 +230,17 @@ class GatewayReplica:
             await store.delete(f"gateways/{self.replica}")
         except StoreError as error:
             log.warning("could not remove the gateway's registration, it expires by itself: %s", error)
+
+
+def spare_the_collector() -> None:
+    """Keep Python's cycle collector away from what lives as long as the process: vocabulary, templates, modules.
+
+    A full collection walks all of it, in which no stream goes on: 50 to 200 ms with a vocabulary of 128,000 tokens. To be
+    called once per process, when its replica has started. What is made later is collected as ever, less often.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def _health(url: str, within: float, tls: TlsConfig | None) -> dict[str, str]:

@@ -16,7 +16,7 @@ import msgspec
 
 from tandem.config import FleetConfig
 from tandem.core.types import Group, GroupState, Role
-from tandem.gateway.replica import GatewayReplica
+from tandem.gateway.replica import GatewayReplica, spare_the_collector
 from tandem.state import open_store
 
 
@@ -68,6 +68,7 @@ def main() -> None:
     )
     replica = GatewayReplica(config, model_path=options.model, folder=options.folder)
     record = replica.start()
+    spare_the_collector()
     print(json.dumps(record.url), flush=True)
     sys.stdin.read()
     replica.stop(grace=0)

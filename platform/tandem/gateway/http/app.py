@@ -101,7 +101,10 @@ class App:
             failed = error
             raise
         finally:
-            asked.close(failed)
+            try:
+                asked.close(failed)
+            finally:
+                failed = None  # it holds this frame, and no cycle is to be left for the collector
 
 
 class _Stream:

@@ -224,6 +224,8 @@ class _Connection(asyncio.Protocol):
         self._transport = None
         self._broken = True
         self._waiting.clear()
+        # It holds us, and no cycle is to be left for the collector. Nothing is parsed any more.
+        self._parser = cast(httptools.HttpRequestParser, None)
         if self._exchange is not None:
             self._exchange.client_left()
 

@@ -224,6 +224,10 @@ class Leg:
     def _report(self, event: Event) -> None:
         self._reported = True
         self._over.set()
+        response, self._response = self._response, None
+        if response is not None:
+            # What still comes is nobody's; and no cycle is to be left for the collector.
+            response.listen(None)
         if self._trace is not None:
             self._trace.end(outcome_of(event))
         now = self._loop.time()

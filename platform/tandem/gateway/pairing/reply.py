@@ -40,7 +40,7 @@ class Run:
         self.reason = ""
         """The finish reason, once it is complete."""
         self._driver = driver
-        self._reply = reply
+        self._reply: Reply | None = reply
         self._last = 0.0
 
     def take(self, now: float) -> Step | None:
@@ -52,6 +52,7 @@ class Run:
         ticket.ids, ticket.logprobs = [], None
         piece = self.answer.feed(ids, ticket.ended, logprobs)
         if ids:
+            assert self._reply is not None, "nothing is taken after the end"
             self._reply.came(len(ids), self._last, now)
             self._last = now
         if self.answer.stopped:
@@ -68,6 +69,10 @@ class Run:
     def leave(self) -> None:
         """Nobody wants it any more."""
         self._driver.client_gone(self.ticket)
+
+    def detach(self) -> None:
+        """It is over: no cycle is to be left for the collector."""
+        self._reply = None
 
     def _finish(self, piece: Piece, reason: str) -> Step:
         self.over = True
@@ -142,6 +147,8 @@ class Reply:
         self.leave()
         if self._streaming is not None:
             self._streaming.end(outcome)
+        for run in self.runs:
+            run.detach()
 
     @property
     def reasons(self) -> list[str]:
