@@ -23,7 +23,7 @@ from tandem.v1 import inference_pb2_grpc
 class AsyncClient:
     """`Client` for one event loop: the same methods, to be awaited; streams to be read with `async for`.
 
-        async with AsyncClient("gateway:9001", api_key="sk-…", model="deepseek-r1", tls=True) as client:
+        async with AsyncClient("gateway:9001", api_key="tdm-…", model="deepseek-r1", tls=True) as client:
             answer = await client.generate("The capital of France is", max_tokens=8)
             async for piece in client.chat_stream([{"role": "user", "content": "Why?"}]):
                 print(piece.text, end="", flush=True)

@@ -21,7 +21,7 @@ from tandem.v1 import inference_pb2_grpc
 class Client:
     """A connection to a Tandem gateway's gRPC port. May be used by several threads at once.
 
-        with Client("gateway:9001", api_key="sk-…", model="deepseek-r1", tls=True) as client:
+        with Client("gateway:9001", api_key="tdm-…", model="deepseek-r1", tls=True) as client:
             answer = client.generate("The capital of France is", max_tokens=8)
             print(answer.text, answer.usage.completion_tokens)
 

@@ -7,6 +7,7 @@ It speaks to our own engines only: plain `http://`, no redirects, no compression
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from functools import lru_cache
@@ -17,6 +18,9 @@ import httptools
 
 HIGH_WATER = 256 * 1024
 """Bytes of a response that may wait for the reader before the socket is paused."""
+
+
+_CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
 
 class HttpFailure(Exception):
@@ -285,7 +289,8 @@ class Pool:
             f"{method} {path} HTTP/1.1\r\nhost: {name}:{port}\r\ncontent-length: {len(body)}\r\n"
             "content-type: application/json\r\n"
         )
-        lines = b"".join([b"%s: %s\r\n" % header for header in headers])
+        # A value with a line end in it would be more than a header.
+        lines = b"".join([b"%s: %s\r\n" % header for header in headers if not _CONTROL.search(header[1])])
         request = b"%s%s\r\n%s" % (head.encode("ascii"), lines, body)
         connection = None if fresh else self._take((host, port))
         return self._send_fresh(host, port, connect_s, request) if connection is None else connection.send(request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 import uuid
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from tandem.gateway.errors import ApiError
 from tandem.gateway.http.endpoints import Endpoint
 from tandem.gateway.http.exchange import ClientLeft
 from tandem.gateway.pairing.reply import Reply
+from tandem.gateway.pairing.ticket import Ticket
 
 if TYPE_CHECKING:
     from tandem.gateway.service import Body, Prepared, Service
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 CLIENT_CLOSED = 499
 """nginx's status, in the log, for a request whose client has left."""
 RATE_LIMITED = 429
+USER_CHARACTERS = 256
+"""Of OpenAI's `user` field, in a usage record."""
 
 
 class Asked:
@@ -70,8 +74,12 @@ class Asked:
     @property
     def session(self) -> str:
         """Requests of one session begin alike, and go where their prefix is."""
-        named = self._headers.get(b"x-session-id", b"")
-        return self.wanted.session or named.decode("latin-1")
+        named = self.wanted.session or self._headers.get(b"x-session-id", b"").decode("latin-1")
+        if not named:
+            return ""
+        # As long as any other, whatever the client sent; and one tenant's sessions are no other's.
+        whole = f"{self.identity.tenant.name}\0{named}".encode("utf-8", "surrogatepass")
+        return hashlib.blake2b(whole, digest_size=16).hexdigest()
 
     async def identify(self) -> None:
         """Find out who asks. Raises ApiError."""
@@ -93,12 +101,14 @@ class Asked:
             input_tokens=sum(len(prompt.ids) for prompt in prepared.prompts),
             max_output_tokens=prepared.limit * wanted.choices,
             priority=wanted.priority or tenant.priority,
-            deadline=min(self.deadline, self.arrived + service.queue_s),
+            # From now on: how long its body took to arrive is not the queue's affair.
+            deadline=min(self.deadline, asyncio.get_running_loop().time() + service.queue_s),
         )
         with trace.phase("admission"):
             self.permit = await service.admission.enter(ask)
-        self.reply = service.submit(self, prepared)
-        return self.reply
+        self.reply = reply = service.reply_to(self, prepared)
+        service.submit(self, reply)
+        return reply
 
     def writer(self) -> Writer:
         """What turns this request's reply into bytes."""
@@ -122,11 +132,16 @@ class Asked:
         outcome = outcome_of(error)
         if self.reply is not None:
             self.reply.close(outcome)
-        record = self._record(outcome)
-        if self.permit is not None:
-            self.permit.leave(record.completion_tokens)
         service = self._service
         service.metrics.in_flight.dec()
+        tokens = 0
+        try:
+            record = self._record(outcome)
+            tokens = record.completion_tokens
+        finally:
+            # Whatever goes wrong here, its place is for the next.
+            if self.permit is not None:
+                self.permit.leave(tokens)
         tenant = service.metrics.tenant(record.tenant)
         if self.permit is None and isinstance(error, ApiError) and error.status != RATE_LIMITED:
             # Admission counts its own refusals, and knows more of them.
@@ -162,7 +177,7 @@ class Asked:
             model=service.card.name,
             tenant=self.identity.tenant.name,
             key=self.identity.key,
-            weight_version=next((one.ended.weight_version for one in tickets if one.ended is not None), ""),
+            weight_version=next((version for one in tickets if (version := _weights(one))), ""),
             endpoint=self.endpoint.name,
             stream=wanted.stream if wanted is not None else False,
             prompt_tokens=used.prompt if used is not None else 0,
@@ -175,7 +190,7 @@ class Asked:
             service_seconds=sum(ticket.service_seconds(now) for ticket in tickets),
             outcome=outcome,
             attempts=sum(ticket.attempts for ticket in tickets),
-            user=wanted.user if wanted is not None else "",
+            user=wanted.user[:USER_CHARACTERS] if wanted is not None else "",
             replica=service.replica,
             priority=self.permit.priority.value if self.permit is not None else "",
         )
@@ -197,6 +212,11 @@ class Asked:
             trace_id=self.trace.trace_id,
             prompt=prompt,
         )
+
+
+def _weights(ticket: Ticket) -> str:
+    """Version of the weights that answered: the engine's own word, or what its group is known to have."""
+    return (ticket.ended.weight_version if ticket.ended is not None else "") or ticket.weight_version
 
 
 def outcome_of(error: BaseException | None) -> str:

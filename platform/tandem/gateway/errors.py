@@ -8,6 +8,9 @@ import msgspec
 
 from tandem.core.pair_events import Failure, FailureKind
 
+LONGEST = 2000
+"""Characters of an error's message."""
+
 
 class ApiError(Exception):
     """An answer that is an error. `message` tells a person what was wrong and what to do."""
@@ -25,9 +28,10 @@ class ApiError(Exception):
         """`retry_after` in seconds, 0 = no such header."""
         super().__init__(message)
         self.status = status
-        self.message = message
+        # What a client sent may be in it, of any length.
+        self.message = message if len(message) <= LONGEST else message[:LONGEST] + " …"
         self.type = type
-        self.param = param
+        self.param = param if param is None else param[:200]
         self.code = code
         self.retry_after = retry_after
 

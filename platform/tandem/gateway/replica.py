@@ -11,6 +11,7 @@ import gc
 import http.client
 import logging
 import os
+import resource
 import socket
 import ssl
 import threading
@@ -72,6 +73,7 @@ class GatewayReplica:
 
     def start(self, deadline: float = 60.0) -> Record:
         """Listen and register; returns when it answers. Raises ReplicaError within `deadline` seconds."""
+        raise_descriptor_limit()
         listener = self._bind()
         started: Future[None] = Future()
         self._record = Record(replica=self.replica, url=self._url(listener), pid=os.getpid(), node=self._node)
@@ -232,11 +234,18 @@ class GatewayReplica:
             log.warning("could not remove the gateway's registration, it expires by itself: %s", error)
 
 
+def raise_descriptor_limit() -> None:
+    """Allow this process as many open files as it may have: each connection is one, and 1,024 are soon gone."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def spare_the_collector() -> None:
     """Keep Python's cycle collector away from what lives as long as the process: vocabulary, templates, modules.
 
-    A full collection walks all of it, in which no stream goes on: 50 to 200 ms with a vocabulary of 128,000 tokens. To be
-    called once per process, when its replica has started. What is made later is collected as ever, less often.
+    A full collection walks all of it, in which no stream goes on: 50 to 200 ms with a vocabulary of 128,000 tokens. To
+    be called once per process, when its replica has started. What is made later is collected as ever, less often.
     """
     gc.collect()
     gc.freeze()

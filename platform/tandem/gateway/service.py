@@ -59,8 +59,6 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
 
     wanted: Wanted
     prompts: list[ChatPrompt]
-    commons: list[bytes]
-    """For each choice, what the bodies of its legs share."""
     limit: int
     """Tokens that each choice may have."""
 
@@ -117,22 +115,28 @@ class Service:
             return job()
         return await self._loop.run_in_executor(self._threads, job if size < _TRIM_BYTES else _then_trim(job))
 
-    def submit(self, asked: Asked, prepared: Prepared) -> Reply:
-        """Send it on its way."""
-        wanted, bell = prepared.wanted, Bell()
+    def reply_to(self, asked: Asked, prepared: Prepared) -> Reply:
+        """The reply of an admitted request, with a run for each choice; nothing is sent yet."""
+        wanted, bell, form = prepared.wanted, Bell(), self.tokenizer.tool_format
         tenant = self.metrics.tenant(asked.identity.tenant.name)
         reply = Reply(bell, prepared.prompt_ids, tenant, asked.arrived, asked.permit, asked.trace)
         asks = [
             RouteAsk(prompt.ids, asked.session, output_tokens=wanted.max_tokens or 0) for prompt in prepared.prompts
         ]
-        for index, common in enumerate(prepared.commons):
+        for index in range(wanted.choices):
             prompt = prepared.prompts[index // wanted.n]
+            sampling = sampling_for(wanted, index, thinking=prompt.thinking, limit=prepared.limit, form=form)
+            # Made only now: a request that waits for its turn holds its prompt once, not once for each choice.
+            common = common_body(prompt.ids, sampling, wanted.engine)
             name = asked.number if index == 0 else f"{asked.number}-{index}"
             ticket = Ticket(name, common, asks[index // wanted.n], bell, trace=asked.trace)
-            form = self.tokenizer.tool_format
             answer = answer_for(wanted, self.vocabulary, thinking=prompt.thinking, form=form)
             reply.add(Run(index, ticket, answer, self.driver, reply))
         tenant.prompt(sum(map(len, reply.prompts)))
+        return reply
+
+    def submit(self, asked: Asked, reply: Reply) -> None:
+        """Send it on its way."""
         for run in reply.runs:
             self.driver.submit(
                 run.ticket,
@@ -140,7 +144,6 @@ class Service:
                 first_token_s=self.config.first_token_timeout_s,
                 stall_s=self.config.stall_timeout_s,
             )
-        return reply
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -149,10 +152,4 @@ class Service:
         wanted = endpoint.parse(parse_json(body) if isinstance(body, bytes) else body, self.card)
         prompts = prompts_of(wanted, self.tokenizer)
         limit = min(check_length(wanted, len(prompt.ids), self.card) for prompt in prompts)
-        form = self.tokenizer.tool_format
-        commons = []
-        for index in range(wanted.choices):
-            prompt = prompts[index // wanted.n]
-            sampling = sampling_for(wanted, index, thinking=prompt.thinking, limit=limit, form=form)
-            commons.append(common_body(prompt.ids, sampling, wanted.engine))
-        return Prepared(wanted=wanted, prompts=prompts, commons=commons, limit=limit)
+        return Prepared(wanted=wanted, prompts=prompts, limit=limit)

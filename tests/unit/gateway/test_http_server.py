@@ -313,3 +313,26 @@ async def test_garbage_neither_breaks_nor_blocks_the_server(garbage: bytes, begu
         with contextlib.suppress(ConnectionError):
             await client.rest()
         assert (await s.ask(b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")).startswith(b"HTTP/1.1 200")
+
+
+async def test_a_client_that_reads_no_answer_gets_no_further_one() -> None:
+    answered = 0
+
+    async def handler(exchange: Exchange) -> None:
+        nonlocal answered
+        answered += 1
+        exchange.reply(200, b"x" * 1_000_000, [])
+
+    async with site(handler) as s:
+        client = await s.client()
+        client.reader._transport.pause_reading()  # type: ignore[attr-defined]
+        for _ in range(60):
+            client.send(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        await s.until(lambda: answered > 0)
+        other = await s.client()
+        other.send(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert (await other.answer())[0] == 200
+        assert answered < 20
+        client.reader._transport.resume_reading()  # type: ignore[attr-defined]
+        for _ in range(60):
+            assert (await client.answer())[0] == 200

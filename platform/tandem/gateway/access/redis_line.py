@@ -145,7 +145,7 @@ class Line:
         try:
             async with asyncio.timeout_at(min(latest, batch[0].due)):
                 replies = await self._execute(batch)
-        except (RedisError, OSError, TimeoutError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, those who wait are told, and the line goes on
             # A reply that comes late must not be taken for that of the next call.
             await self._redis.connection_pool.disconnect(inuse_connections=True)
             why = self._told(error, self._deadline)

@@ -88,15 +88,7 @@ class App:
             exchange.when_left(task.cancel)
             reply = await asked.begin(body)
             exchange.when_left(asked.leave)
-            async with asyncio.timeout_at(asked.deadline + SLOW_READER_S):
-                if asked.wanted.stream:
-                    await _Stream(exchange, asked, reply).run()
-                else:
-                    await _whole(exchange, asked, reply)
-        except TimeoutError:
-            # Only a client that does not read gets here: the pair table ends everything else in time.
-            failed = ClientLeft()
-            raise failed from None
+            await self._answer(exchange, asked, reply)
         except BaseException as error:
             failed = error
             raise
@@ -105,6 +97,17 @@ class App:
                 asked.close(failed)
             finally:
                 failed = None  # it holds this frame, and no cycle is to be left for the collector
+
+    async def _answer(self, exchange: Exchange, asked: Asked, reply: Reply) -> None:
+        try:
+            async with asyncio.timeout_at(asked.deadline + SLOW_READER_S):
+                if asked.wanted.stream:
+                    await _Stream(exchange, asked, reply).run()
+                else:
+                    await _whole(exchange, asked, reply)
+        except TimeoutError:
+            # Only a client that does not read gets here: the pair table ends everything else in time.
+            raise ClientLeft from None
 
 
 class _Stream:

@@ -194,6 +194,7 @@ class Exchange:
 
     def reply(self, status: int, body: bytes, headers: Headers, *, close: bool = False) -> None:
         """A whole answer."""
+        self._chunked = False  # a stream may have been meant
         self._keep_alive = self._keep_alive and not close
         self._head = self._make_head(status, headers, b"content-length: %d\r\n" % len(body))
         self.end(b"" if self.method == "HEAD" else body)

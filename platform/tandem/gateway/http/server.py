@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import ssl
 from collections.abc import Awaitable, Callable
 from typing import Any, cast
@@ -56,6 +57,10 @@ class HttpServer:
     def __init__(self, handler: Handler, *, limits: Limits | None = None) -> None:
         self.handler = handler
         self.limits = limits or Limits()
+        # Some are left for engines, the store and files.
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if files != resource.RLIM_INFINITY:
+            self.limits.connections = min(self.limits.connections, max(64, files - 1024))
         self.connections: set[_Connection] = set()
         self.tasks: set[asyncio.Task[None]] = set()
         """One for each request that is being answered; the loop itself keeps no strong reference."""
@@ -206,7 +211,7 @@ class _Connection(asyncio.Protocol):
         self._since = self._loop.time()
         if not keep or self._server.stopping or self._broken:
             self._end()
-        elif self._waiting:
+        elif self._waiting and not self._write_paused:
             self._begin(self._waiting.pop(0))
 
     # asyncio.Protocol
@@ -232,7 +237,7 @@ class _Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._broken or self._lingers:
             return
-        if self._request is None and self._exchange is None:
+        if self._request is None and self._exchange is None and not self._waiting:
             self._since = self._loop.time()
         self._idle_bytes += len(data)
         try:
@@ -263,6 +268,8 @@ class _Connection(asyncio.Protocol):
         self._write_paused = False
         if self._exchange is not None:
             self._exchange.wake()
+        elif self._waiting:
+            self._begin(self._waiting.pop(0))
 
     # httptools
 
@@ -293,7 +300,8 @@ class _Connection(asyncio.Protocol):
             raise _TooLarge
         exchange = Exchange(request, self, self._loop)
         request.exchange = exchange
-        if self._exchange is None:
+        # A client that does not read its answers gets no further ones: they would pile up here.
+        if self._exchange is None and not self._waiting and not self._write_paused:
             self._begin(exchange)
         else:
             self._waiting.append(exchange)

@@ -33,7 +33,7 @@ _SECRETS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"(tdm-[a-z2-7]{8}-)[A-Za-z0-9_-]+"), r"\1***"),
     (re.compile(r"tdm-(?![a-z2-7]{8}-\*\*\*)[A-Za-z0-9_-]+"), "tdm-***"),
     # JSON web tokens.
-    (re.compile(r"\beyJ[A-Za-z0-9_-]{5,}\.[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]*)?"), "***"),
+    (re.compile(r"(?<![A-Za-z0-9_-])eyJ[A-Za-z0-9_-]{5,}\.[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]*)?"), "***"),
     # "authorization: Bearer x", (b'authorization', b'Bearer x'), {"x-api-key": "x"}, …
     (
         re.compile(
@@ -44,7 +44,7 @@ _SECRETS: tuple[tuple[re.Pattern[str], str], ...] = (
     ),
     (re.compile(r"(?i)\b(bearer|basic)\s+(?!\*\*\*)[A-Za-z0-9._~+/=-]{8,}"), r"\1 ***"),
     # The password of a URL, also one with an @ in it.
-    (re.compile(r"(\b[a-zA-Z][a-zA-Z0-9+.-]*://[^\s:/@\"']*):[^\s/\"',]+@"), r"\1:***@"),
+    (re.compile(r"((?<![A-Za-z0-9+.-])[a-zA-Z][a-zA-Z0-9+.-]{0,31}://[^\s:/@\"']*):[^\s/\"',]+@"), r"\1:***@"),
     (
         re.compile(r"""(?i)\b(password|passwd|secret|client_secret)(["']?\s*[:=]\s*["']?)(?!\*\*\*)[^\s"',;)}\]]+"""),
         r"\1\2***",

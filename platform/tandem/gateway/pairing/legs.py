@@ -155,6 +155,8 @@ class Leg:
             self._listen(await response)
         except HttpFailure as error:
             self._fail(from_http(error).failure)
+        except (OSError, ValueError) as error:
+            self._fail(Failure(kind=FailureKind.UNREACHABLE, message=f"{self.target.url} cannot be reached: {error}"))
 
     def _listen(self, response: Response) -> None:
         self._response = response

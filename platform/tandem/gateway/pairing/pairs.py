@@ -65,6 +65,8 @@ class PairDriver:
         self._tickets: dict[str, Ticket] = {}
         self._legs: dict[tuple[int, Role], Leg] = {}
         self._epochs: dict[str, int] = {}
+        self._versions: dict[str, str] = {}
+        """Weight version of each group."""
         self.tasks: set[asyncio.Task[None]] = set()
         """What runs for legs now; the loop itself keeps no strong reference."""
         self._timer: asyncio.TimerHandle | None = None
@@ -100,6 +102,7 @@ class PairDriver:
         """A group is there, or has changed."""
         known = self._epochs.get(group.group, group.epoch)
         self._epochs[group.group] = group.epoch
+        self._versions[group.group] = group.weight_version
         self.router.put(group)
         if group.routable:
             self.tell(GroupUp(group=group.group, epoch=group.epoch))
@@ -112,6 +115,7 @@ class PairDriver:
         """A group is gone."""
         self.router.remove(name)
         epoch = self._epochs.pop(name, None)
+        self._versions.pop(name, None)
         if epoch is not None:
             self.tell(GroupLost(group=name, epoch=epoch))
 
@@ -189,6 +193,7 @@ class PairDriver:
         while not room or self.table.has_room(room):
             room = room_number(self._draw(), dp_size=pair.prefill.dp_size, dp_rank=pair.prefill.dp_rank)
         ticket.pair = pair
+        ticket.weight_version = self._versions.get(pair.decode.group, "")
         return Opened(request=need.request, room=room, pair=pair)
 
     def _send(self, send: SendLeg) -> None:

@@ -36,6 +36,8 @@ class Ticket:
         self.attempts = 0
         self.pair: Pair | None = None
         """The latest."""
+        self.weight_version = ""
+        """Version of the weights that the latest pair has."""
         self.cached_tokens = 0
         self.prefilled: float | None = None
         """When the latest prefill leg ended well, on the loop's clock."""

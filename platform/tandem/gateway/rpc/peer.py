@@ -12,6 +12,7 @@ import msgspec
 
 from tandem.gateway.access.tls import grpc_certificate
 
+_CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
@@ -33,6 +34,9 @@ def peer_of(context: grpc.aio.ServicerContext[Any, Any], size: int) -> Peer:
     headers: dict[bytes, bytes] = {}
     for key, value in context.invocation_metadata() or ():
         name, raw = key.encode(), value if isinstance(value, bytes) else value.encode()
+        if _CONTROL.search(raw):
+            # gRPC lets it through; as a header of HTTP/1.1 it would begin another line, or another request.
+            continue
         # What comes twice is one with a comma, as RFC 9110 has it.
         headers[name] = headers[name] + b", " + raw if name in headers else raw
     asked = headers.get(b"x-request-id", b"")

@@ -20,8 +20,8 @@ _OPTIONS = (
     ("grpc.http2.max_pings_without_data", 0),
     # Clients may look for a dead server as often.
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-    # Together with the limit of each message this bounds what one connection can make us hold.
-    ("grpc.max_concurrent_streams", 10_000),
+    # More calls of one connection wait in the client.
+    ("grpc.max_concurrent_streams", 1000),
     ("grpc.max_metadata_size", 16 * 1024),
 )
 

@@ -113,9 +113,10 @@ class Meter:
                 try:
                     await sink.write(lines)
                     break
-                except SinkError as error:
+                except Exception as error:  # a task that ended here would lose all that follows
                     if not self._failing:
-                        log.error("%s; they are kept in memory and tried again", error)
+                        unforeseen = None if isinstance(error, SinkError) else error
+                        log.error("%s; they are kept in memory and tried again", error, exc_info=unforeseen)
                     self._failing = True
                     if self._closing.is_set():
                         return
