@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from tandem.config import FleetConfig
-from tandem.core.layout import CPU_KV_TOKENS
+from tandem.core.layout import CPU_KV_TOKENS, ELEMENT_BYTES
 from tandem.core.prefix_index import PrefixIndex
 from tandem.core.route_cost import RouteSettings, Slo
 from tandem.core.routing import Router
@@ -179,6 +179,11 @@ class Gateway:
         )
         self._stack.callback(service.close)
         self.metrics.model(card.name, config.model.version)
+        if card.shape is not None:
+            dtype = config.model.dtype
+            if dtype == "auto":
+                dtype = "float32" if config.device == "cpu" else card.shape.dtype
+            self.driver.kv_bytes_per_token = card.shape.kv_bytes_per_token(ELEMENT_BYTES.get(dtype, 0))
         return service
 
     async def _make_authenticator(self) -> Authenticator:

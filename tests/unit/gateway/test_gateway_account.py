@@ -479,3 +479,16 @@ async def test_a_client_that_leaves_is_no_error_of_the_trace() -> None:
     assert "stream" in found
     assert found["text_completion tiny"].attributes is not None
     assert found["text_completion tiny"].attributes["tandem.outcome"] == "client_gone"
+
+
+async def test_the_kv_that_went_to_decode_is_counted_in_bytes() -> None:
+    async with world("p0", "d0") as w:
+        w.driver.kv_bytes_per_token = 70_272
+        go = w.engines["d0"].default.go = asyncio.Event()
+        call = asyncio.create_task(w.complete(prompt=[5, 6, 7], max_tokens=9))
+        await w.engines["p0"].until(lambda: w.engines["p0"].bodies)
+        await w.engines["p0"].idle()
+        go.set()
+        await call
+        assert w.metric("tandem_kv_transfer_seconds_count") == 1
+        assert w.metric("tandem_kv_transfer_bytes_total") == 3 * 70_272

@@ -133,7 +133,7 @@ class KeySet:
         for data in self._get(url).keys:
             if isinstance(data, dict) and isinstance(data.get("kid"), str) and _is_for_signatures(data):
                 # A kind of key that we do not know is none of ours; the others count.
-                with contextlib.suppress(jwt.PyJWTError, KeyError, TypeError):
+                with contextlib.suppress(jwt.PyJWTError, KeyError, TypeError, ValueError):
                     found[data["kid"]] = PublicKey(jwt.PyJWK(data).key, data.get("alg"))
         if not found:
             raise ValueError(f"{url} has no key that could verify a signature")

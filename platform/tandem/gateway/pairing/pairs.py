@@ -58,6 +58,8 @@ class PairDriver:
         """`rooms` draws 63 random bits; the default is the system's random source."""
         self.router = Router() if router is None else router
         self.table = PairTable()
+        self.kv_bytes_per_token = 0
+        """What a prompt's token hands from prefill to decode; 0 = not known."""
         self._client = client
         self._metrics = metrics
         self._draw = rooms or (lambda: secrets.randbits(63))
@@ -156,7 +158,7 @@ class PairDriver:
         self.router.grow(action.room, len(action.ids), now)
         ticket = self._tickets[action.request]
         if ticket.prefilled is not None:
-            self._metrics.kv_transferred(now - ticket.prefilled)
+            self._metrics.kv_transferred(now - ticket.prefilled, len(ticket.prompt) * self.kv_bytes_per_token)
             ticket.prefilled = None
         ticket.deliver(action.ids)
 

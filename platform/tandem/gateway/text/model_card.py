@@ -7,6 +7,8 @@ from typing import Any
 
 import msgspec
 
+from tandem.core.shape import ModelShape, ShapeError
+
 
 class ModelError(Exception):
     """The checkpoint folder lacks what the gateway needs; the message says which file."""
@@ -21,6 +23,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens of prompt and answer together, at most; a prompt alone may have `PROMPT_RESERVE` fewer."""
     vocab_size: int
     sampling: dict[str, float]
+    shape: ModelShape | None = None
+    """None for an architecture that is not known."""
     """The checkpoint's own sampling defaults (`generation_config.json`), for what a request leaves open."""
 
 
@@ -54,7 +58,16 @@ def load_card(folder: Path, name: str | None = None, kv_tokens: int | None = Non
         context=min(context, kv_tokens or context) - CONTEXT_RESERVE,
         vocab_size=vocab,
         sampling=sampling,
+        shape=_shape(config),
     )
+
+
+def _shape(config: dict[str, Any]) -> ModelShape | None:
+    try:
+        return ModelShape.from_config(config)
+    except ShapeError:
+        # Whether the engines can run it is theirs to say; here it only feeds a metric.
+        return None
 
 
 def read_json(path: Path) -> dict[str, Any]:
