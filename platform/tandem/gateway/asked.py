@@ -91,7 +91,7 @@ class Asked:
         service, trace = self._service, self.trace
         tenant = self.identity.tenant
         with trace.phase("tokenize"):
-            self.prepared = prepared = await service.prepare(self.endpoint, body)
+            self.prepared = prepared = await service.prepare(self.endpoint, body, tenant.name)
         wanted = prepared.wanted
         check_model(tenant, wanted.model)
         trace.describe(self.endpoint.operation, wanted.model, tandem__tenant=tenant.name)

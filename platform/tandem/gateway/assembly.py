@@ -180,7 +180,7 @@ class Gateway:
         self._stack.callback(service.close)
         self.metrics.model(card.name, config.model.version)
         if card.shape is not None:
-            dtype = config.model.dtype
+            dtype: str = config.model.dtype
             if dtype == "auto":
                 dtype = "float32" if config.device == "cpu" else card.shape.dtype
             self.driver.kv_bytes_per_token = card.shape.kv_bytes_per_token(ELEMENT_BYTES.get(dtype, 0))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 
@@ -27,31 +25,12 @@ from tandem.gateway.pairing.pairs import PairDriver
 from tandem.gateway.pairing.reply import Reply, Run
 from tandem.gateway.pairing.ticket import Ticket
 from tandem.gateway.text.detokenize import Vocabulary
+from tandem.gateway.text.lanes import Lanes
 from tandem.gateway.text.model_card import ModelCard
 from tandem.gateway.text.tokenize import ChatPrompt, Tokenizer
 from tandem.gateway.usage.metering import Meter
 
-INLINE_BYTES = 32 * 1024
-"""Bodies up to this size are parsed and tokenized on the event loop, mostly in less than a millisecond: handing them to
-a thread and back costs as much. Larger ones go to a thread."""
-
 Body = bytes | Mapping[str, Any]
-_T = TypeVar("_T")
-_libc = ctypes.CDLL(None)
-
-
-_TRIM_BYTES = 2**20
-"""What the tokenization of larger bodies leaves to the allocator is given back to the system (60 ms, in the thread)."""
-
-
-def _then_trim(job: Callable[[], _T]) -> Callable[[], _T]:
-    def run() -> _T:
-        try:
-            return job()
-        finally:
-            _libc.malloc_trim(0)
-
-    return run
 
 
 class Prepared(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,18 +81,12 @@ class Service:
         self.queue_s = queue_s
         self.replica = replica
         self._loop = asyncio.get_running_loop()
-        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tandem-tokenize")
+        self.lanes = Lanes()
 
-    async def prepare(self, endpoint: Endpoint, body: Body) -> Prepared:
+    async def prepare(self, endpoint: Endpoint, body: Body, tenant: str) -> Prepared:
         """Everything that needs no engine. Raises ApiError."""
         size = len(body) if isinstance(body, bytes) else 0
-        return await self.work(size, lambda: self._prepare(endpoint, body))
-
-    async def work(self, size: int, job: Callable[[], _T]) -> _T:
-        """Do the job of a body of `size` bytes where it holds up nobody."""
-        if size <= INLINE_BYTES:
-            return job()
-        return await self._loop.run_in_executor(self._threads, job if size < _TRIM_BYTES else _then_trim(job))
+        return await self.lanes.work(tenant, size, lambda: self._prepare(endpoint, body))
 
     def reply_to(self, asked: Asked, prepared: Prepared) -> Reply:
         """The reply of an admitted request, with a run for each choice; nothing is sent yet."""
@@ -146,7 +119,7 @@ class Service:
             )
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self.lanes.close()
 
     def _prepare(self, endpoint: Endpoint, body: Body) -> Prepared:
         wanted = endpoint.parse(parse_json(body) if isinstance(body, bytes) else body, self.card)

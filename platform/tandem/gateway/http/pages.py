@@ -79,7 +79,7 @@ class Pages:
             _check_method(method, path, "POST")
             check_model(tenant, self._card.name)
             tool = self._tools[path]
-            found = await self._service.work(len(body), lambda: tool(parse_json(body)))
+            found = await self._service.lanes.work(tenant.name, len(body), lambda: tool(parse_json(body)))
             return 200, b"application/json", found
         page = self._models_page(path, tenant) or self._pages.get(path)
         if page is None:

@@ -15,7 +15,8 @@ from tandem.gateway.pairing.reply import Reply, Step
 from tandem.gateway.rpc.inference import Endpoint
 from tandem.gateway.rpc.peer import Peer
 from tandem.gateway.rpc.translate import Body
-from tandem.gateway.service import INLINE_BYTES, Service
+from tandem.gateway.service import Service
+from tandem.gateway.text.lanes import INLINE_BYTES
 
 _ENDPOINTS: Mapping[Endpoint, HttpEndpoint] = {"chat": CHAT, "completions": COMPLETIONS}
 
