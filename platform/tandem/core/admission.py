@@ -73,6 +73,8 @@ class AdmissionTable:
         self._waiting: dict[str, Asked] = {}
         self._waiting_tokens = 0
         self._running: dict[str, Asked] = {}
+        self._held = 0
+        """Slots of those."""
         self._prefill_tokens = 0
         self._in_prefill = 0
         self._slots: int | None = None
@@ -124,7 +126,7 @@ class AdmissionTable:
         flow = queue.flows.get(event.tenant)
         if event.concurrency is not None and flow is not None and flow.held_here >= event.concurrency:
             return self._too_many(event, flow)
-        if not self._waiting and self._has_slot() and now <= event.deadline:
+        if not self._waiting and self._has_room(event) and now <= event.deadline:
             return None
         self._rate.observe(now, len(self._running))
         wait = self._predict(event, flow)
@@ -186,6 +188,7 @@ class AdmissionTable:
             return []
         self._rate.observe(now, len(self._running), ended=1)
         del self._running[event.request]
+        self._held -= asked.submit.slots
         if asked.in_prefill:
             self._leave_prefill(asked)
         self._queue_of(asked).end(asked, event.output_tokens, now)
@@ -233,7 +236,8 @@ class AdmissionTable:
             queue = self._queues[rank]
             if queue.length:
                 head = next(queue.in_order()).head
-                if self._owed[rank] >= head.charge and self._fits_prefill(head, 1.0):
+                due = self._owed[rank] >= head.charge
+                if due and self._has_room(head.submit) and self._fits_prefill(head, 1.0):
                     return head
         queue = self._queues[top]
         lowest: float | None = None
@@ -250,13 +254,16 @@ class AdmissionTable:
     def _may_start(self, queue: FairQueue, asked: Asked, now: float) -> bool:
         if self._slots is None:
             return self._fits_prefill(asked, 1.0)
-        free = self._slots - len(self._running)
-        if free <= 0:
+        # One that wants more than there is may start when nothing else runs.
+        wanted = min(asked.submit.slots, self._slots)
+        free = self._slots - self._held
+        if free < wanted or not self._slots:
             return False
         higher = any(above.flows for above in self._queues[: self._rank[asked.submit.priority]])
         if not higher and (len(queue.flows) == 1 or self._below_share(queue, asked, now)):
             return self._fits_prefill(asked, 1.0)
-        return free > self._reserve and self._fits_prefill(asked, PREFILL_PART)
+        spared = free - wanted >= self._reserve or not self._held
+        return spared and self._fits_prefill(asked, PREFILL_PART)
 
     def _below_share(self, queue: FairQueue, asked: Asked, now: float) -> bool:
         """Whether it may use the reserve. Whoever held less than its share of late may hold as much more now."""
@@ -265,14 +272,17 @@ class AdmissionTable:
             return True
         assert self._slots, "nothing runs where nothing may"
         part = 2 * flow.weight / queue.weights - flow.mean_running(now) / self._slots
-        if flow.running + 1 > part * self._slots:
+        if flow.held + asked.submit.slots > part * self._slots:
             return False
         if self._prefill_limit is None or not flow.prefill_tokens:
             return True
         return flow.prefill_tokens + asked.submit.input_tokens <= part * self._prefill_limit
 
     def _has_slot(self) -> bool:
-        return self._slots is None or len(self._running) < self._slots
+        return self._slots is None or self._held < self._slots
+
+    def _has_room(self, event: Submit) -> bool:
+        return self._slots is None or self._held + min(event.slots, self._slots) <= self._slots
 
     def _fits_prefill(self, asked: Asked, part: float) -> bool:
         """Whether its input may go to prefill; one request always may, however long."""
@@ -285,7 +295,7 @@ class AdmissionTable:
     def _predict(self, event: Submit, flow: Flow | None) -> float | None:
         """Seconds until the request would start; None = not known."""
         ahead = self._ahead(event, flow)
-        free = 0 if self._slots is None else max(0, self._slots - len(self._running) - self._reserve)
+        free = 0 if self._slots is None else max(0, self._slots - self._held - self._reserve)
         if ahead < free:
             return 0.0
         one = self._slot_every()
@@ -365,6 +375,7 @@ class AdmissionTable:
     def _run(self, asked: Asked, now: float) -> Admit:
         self._rate.observe(now, len(self._running))
         self._running[asked.submit.request] = asked
+        self._held += asked.submit.slots
         asked.in_prefill = True
         asked.flow.prefill_tokens += asked.submit.input_tokens
         self._in_prefill += 1

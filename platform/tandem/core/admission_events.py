@@ -23,6 +23,8 @@ class Submit(Event, frozen=True, kw_only=True):
     input_tokens: int
     max_output_tokens: int
     deadline: float
+    slots: int = 1
+    """How many it takes of what may run at once: one for each of its choices."""
     concurrency: int | None = None
     """How many of the tenant's requests may wait or run here at once."""
 

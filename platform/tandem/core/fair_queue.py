@@ -37,6 +37,7 @@ class Flow:
         "_mean_at",
         "active_at",
         "counter",
+        "held",
         "key",
         "mean_output",
         "name",
@@ -53,6 +54,8 @@ class Flow:
         self.key: tuple[float, int, Flow] | None = None
         self.waiting: OrderedDict[str, Asked] = OrderedDict()
         self.running = 0
+        self.held = 0
+        """Slots of those."""
         self.prefill_tokens = 0
         self.mean_output: float | None = None
         self.active_at = now
@@ -71,9 +74,9 @@ class Flow:
         self._mean = running
 
     def mean_running(self, now: float) -> float:
-        """How many of its requests have run at once of late."""
+        """How many slots it has held at once of late."""
         if now > self._mean_at:
-            self._mean = self.running + (self._mean - self.running) * math.exp((self._mean_at - now) / MEMORY_S)
+            self._mean = self.held + (self._mean - self.held) * math.exp((self._mean_at - now) / MEMORY_S)
             self._mean_at = now
         return self._mean
 
@@ -173,23 +176,20 @@ class FairQueue:
         """It waits no longer, since it runs: its tenant is charged."""
         self._virtual = max(self._virtual, self._order[0][0])
         self.remove(asked)
-        asked.flow.mean_running(now)
-        asked.flow.running += 1
-        self._charge(asked.flow, asked.charge)
+        self._hold(asked, now)
 
     def start_at_once(self, asked: Asked, now: float) -> None:
         """The same for one that need not wait, while nobody of its class waits."""
         flow = asked.flow
         flow.counter = self._virtual = max(flow.counter, self._virtual)
-        flow.mean_running(now)
-        flow.running += 1
-        self._charge(flow, asked.charge)
+        self._hold(asked, now)
 
     def end(self, asked: Asked, output_tokens: int, now: float) -> None:
         """It is over: its tenant is charged for what the output really was."""
         flow = asked.flow
         flow.mean_running(now)
         flow.running -= 1
+        flow.held -= asked.submit.slots
         real = asked.submit.input_tokens + OUTPUT_FACTOR * output_tokens
         flow.learn(output_tokens)
         self._charge(flow, real - asked.charge)
@@ -203,6 +203,12 @@ class FairQueue:
         """The tenant with most waiting for its weight."""
         flows = (entry[2] for entry in self._order)
         return max(flows, key=lambda flow: len(flow.waiting) / flow.weight, default=None)
+
+    def _hold(self, asked: Asked, now: float) -> None:
+        asked.flow.mean_running(now)
+        asked.flow.running += 1
+        asked.flow.held += asked.submit.slots
+        self._charge(asked.flow, asked.charge)
 
     def _charge(self, flow: Flow, cost: float) -> None:
         flow.counter += cost / flow.weight

@@ -101,6 +101,7 @@ class Asked:
             input_tokens=sum(len(prompt.ids) for prompt in prepared.prompts),
             max_output_tokens=prepared.limit * wanted.choices,
             priority=wanted.priority or tenant.priority,
+            slots=wanted.choices,
             # From now on: how long its body took to arrive is not the queue's affair.
             deadline=min(self.deadline, asyncio.get_running_loop().time() + service.queue_s),
         )

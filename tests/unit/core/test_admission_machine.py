@@ -48,11 +48,15 @@ class Door(RuleBasedStateMachine):
                     assert len(self.waiting) >= MAX_WAITING or tokens + 2 * 3000 > MAX_TOKENS
                 continue
             assert isinstance(action, Admit)
-            assert self.slots is None or len(self.running) < self.slots, "more than may run at once"
+            if self.slots is not None and self.running:
+                assert self.taken() + submit.slots <= self.slots, "more than may run at once"
             assert self.now <= submit.deadline, "started after its deadline"
             own = [name for name, other in self.waiting.items() if same_line(other, submit)]
             assert all(int(name) > int(action.request) for name in own), "a tenant's requests changed their order"
             self.running[action.request] = submit
+
+    def taken(self) -> int:
+        return sum(submit.slots for submit in self.running.values())
 
     def held(self, tenant: str) -> int:
         return sum(other.tenant == tenant for other in [*self.waiting.values(), *self.running.values()])
@@ -63,8 +67,9 @@ class Door(RuleBasedStateMachine):
         tokens=st.integers(0, 3000),
         patience=st.floats(0.1, 100),
         count=st.integers(1, 4),
+        slots=st.sampled_from([1, 1, 1, 3, 20]),
     )
-    def submit(self, tenant: str, priority: Priority, tokens: int, patience: float, count: int) -> None:
+    def submit(self, tenant: str, priority: Priority, tokens: int, patience: float, count: int, slots: int) -> None:
         for _ in range(count):
             name = str(next(self.names))
             submit = Submit(
@@ -75,6 +80,7 @@ class Door(RuleBasedStateMachine):
                 input_tokens=tokens,
                 max_output_tokens=500,
                 deadline=self.now + patience,
+                slots=slots,
                 # One class per tenant, or the limit of one flow would not be that of the tenant.
                 concurrency=CONCURRENCY[tenant] if priority is Priority.NORMAL else None,
             )
@@ -129,7 +135,8 @@ class Door(RuleBasedStateMachine):
     def no_slot_is_idle_but_the_reserve(self) -> None:
         if self.waiting and self.prefill is None:
             assert self.slots is not None, "waits though there is no limit"
-            assert self.slots - len(self.running) <= reserved(self.slots)
+            most = max(min(submit.slots, self.slots) for submit in self.waiting.values())
+            assert self.slots == 0 or self.slots - self.taken() <= reserved(self.slots) + most - 1
 
     @invariant()
     def whoever_waits_has_a_time_at_which_that_ends(self) -> None:
@@ -154,6 +161,7 @@ class Door(RuleBasedStateMachine):
         while self.running:
             self.end(0, 10)
         self.nobody_is_lost()
+        assert self.table._held == 0
         assert self.table._prefill_tokens == self.table._in_prefill == self.table._waiting_tokens == 0
 
 

@@ -39,6 +39,7 @@ class Door:
         weight: float = 1.0,
         patience: float = 1e6,
         concurrency: int | None = None,
+        slots: int = 1,
     ) -> str:
         name = f"{tenant}-{next(_names)}"
         submit = Submit(
@@ -50,6 +51,7 @@ class Door:
             max_output_tokens=answer,
             deadline=self.now + patience,
             concurrency=concurrency,
+            slots=slots,
         )
         self.apply(self.table.handle(submit, self.now))
         return name
@@ -343,3 +345,23 @@ def test_long_requests_count_before_they_have_ended() -> None:
     # One slot turns over every second; ten others have not ended once.
     assert rate.holding_s is not None
     assert rate.holding_s > 10
+
+
+def test_a_request_with_many_choices_takes_a_slot_for_each() -> None:
+    door = Door(slots=4)
+    door.ask("a", slots=3)
+    door.ask("a", slots=2)
+    assert (door.runs("a"), len(door.refused)) == (1, 0)
+    door.end()
+    assert door.runs("a") == 1
+
+
+def test_one_with_more_choices_than_there_are_slots_runs_alone() -> None:
+    door = Door(slots=4)
+    door.ask("a")
+    many = door.ask("b", slots=100)
+    assert door.runs("b") == 0
+    door.end()
+    assert door.running == [many]
+    door.ask("a")
+    assert door.runs("a") == 0

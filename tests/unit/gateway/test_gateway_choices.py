@@ -14,6 +14,7 @@ from gateway_world import Answer, Call, World, saying, world
 
 from tandem.core.pair_events import Fail, Failure, FailureKind
 from tandem.core.routing import RouteAsk
+from tandem.core.tenants import Priority
 from tandem.gateway.api.choices import sampling_for
 from tandem.gateway.api.requests import completion_request
 from tandem.gateway.errors import ApiError
@@ -318,3 +319,17 @@ async def test_every_token_of_every_choice_is_counted_as_delivered() -> None:
         usage = (await w.complete(n=3, seed=SEED)).json()["usage"]
         assert w.metric("tandem_delivered_tokens_total") == usage["completion_tokens"]
         assert w.metric("tandem_time_to_first_token_seconds_count") == 1
+
+
+async def test_each_choice_takes_a_slot_of_what_may_run() -> None:
+    async with world("p0", "d0") as w:
+        w.service.admission.set_capacity(4)
+        decode = w.engines["d0"]
+        go = decode.default.go = asyncio.Event()
+        first = asyncio.create_task(w.complete(n=3))
+        await decode.until(lambda: len(decode.bodies) == 3)
+        second = asyncio.create_task(w.complete(n=2))
+        await w.until(lambda: w.service.admission.waiting(Priority.NORMAL) == 1)
+        assert len(decode.bodies) == 3
+        go.set()
+        assert [(await call).status for call in (first, second)] == [200, 200]

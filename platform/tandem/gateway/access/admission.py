@@ -46,6 +46,8 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     priority: Priority
     """Lowered to the tenant's own class if it is above that."""
     deadline: float
+    slots: int = 1
+    """One for each answer that it is to have."""
 
 
 class AdmissionObserver(Protocol):
@@ -174,6 +176,7 @@ class Admission:
             input_tokens=ask.input_tokens,
             max_output_tokens=ask.max_output_tokens,
             deadline=ask.deadline,
+            slots=ask.slots,
         )
         if not is_limited(tenant):
             return Permit(self, ask.request, submit.priority, None, await self._queue(submit, []))
