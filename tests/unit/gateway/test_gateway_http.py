@@ -40,7 +40,7 @@ async def test_metrics_have_their_names() -> None:
         await w.complete(stream=True)
         text = (await w.get("/metrics")).body.decode()
     for name in ("tandem_requests_total", "tandem_time_to_first_token_seconds_count", "tandem_completion_tokens_total"):
-        assert f"\n{name}" in text
+        assert f'\n{name}{{replica="g1"' in text
 
 
 async def test_unknown_paths_and_methods_are_told_so() -> None:

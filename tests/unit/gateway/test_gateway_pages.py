@@ -161,5 +161,5 @@ async def test_metrics_have_prometheus_content_type_and_what_is_open() -> None:
         call.leave()
         await running
     assert answer.headers["content-type"].startswith("text/plain")
-    assert "\ntandem_requests_in_flight 1.0" in answer.body.decode()
+    assert '\ntandem_requests_in_flight{replica="g1"} 1.0' in answer.body.decode()
     assert "\ntandem_group_open_rooms{" in answer.body.decode()

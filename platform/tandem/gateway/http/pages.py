@@ -17,6 +17,7 @@ from tandem.gateway.api import anthropic_writer, openapi, token_api
 from tandem.gateway.api.anthropic_api import count_tokens
 from tandem.gateway.api.requests import model_not_found, parse_json
 from tandem.gateway.errors import ApiError
+from tandem.gateway.observe.metric_types import labelled
 from tandem.gateway.pairing.kv_events import KvEventCounts
 from tandem.gateway.service import Service
 
@@ -144,7 +145,8 @@ class Pages:
             (roles.get(load.group, ""), load.group, load.rooms, load.tokens) for load in self._driver.router.loads()
         )
         self._metrics.prefix_index_bytes.set(self._driver.router.index.size)
-        return 200, CONTENT_TYPE_LATEST.encode(), self._metrics.exposition()
+        # Of replicas that share a port, a scrape meets any: this tells their series apart.
+        return 200, CONTENT_TYPE_LATEST.encode(), labelled(self._metrics.exposition(), "replica", self._replica)
 
 
 def _check_method(method: str, path: str, wanted: str) -> None:
