@@ -34,7 +34,7 @@ def flat(flooded: Stage) -> Callable[..., None]:
 
     def check(slack: float = BACK_MIB) -> None:
         end = time.monotonic() + 10
-        while flooded.files() - files > FILES and time.monotonic() < end:
+        while (flooded.files() - files > FILES or flooded.memory() - memory >= slack) and time.monotonic() < end:
             time.sleep(0.05)
         grown = flooded.memory() - memory
         print(f"memory {memory:.0f} MiB {grown:+.0f}, files {files} {flooded.files() - files:+d}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import gc
 import http.client
 import logging
@@ -30,6 +31,8 @@ from tandem.state import Store, StoreError
 
 log = logging.getLogger(__name__)
 
+_M_MMAP_THRESHOLD = -3
+"""malloc.h"""
 REGISTRATION_S = 10.0
 """A replica that does not renew its entry in the store for so long is taken for dead."""
 
@@ -74,6 +77,7 @@ class GatewayReplica:
     def start(self, deadline: float = 60.0) -> Record:
         """Listen and register; returns when it answers. Raises ReplicaError within `deadline` seconds."""
         raise_descriptor_limit()
+        give_large_blocks_back()
         listener = self._bind()
         started: Future[None] = Future()
         self._record = Record(replica=self.replica, url=self._url(listener), pid=os.getpid(), node=self._node)
@@ -239,6 +243,14 @@ def raise_descriptor_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def give_large_blocks_back() -> None:
+    """Have glibc return each freed block above 1 MiB to the system at once. By itself it raises that limit to 32 MiB as
+    soon as one was freed, and what a crowd of large bodies took then stays with the process."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # another C library has no such limit
+        mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
 def spare_the_collector() -> None:
