@@ -91,7 +91,12 @@ class Asked:
         service, trace = self._service, self.trace
         tenant = self.identity.tenant
         with trace.phase("tokenize"):
-            self.prepared = prepared = await service.prepare(self.endpoint, body, tenant.name)
+            try:
+                async with asyncio.timeout_at(self.deadline):
+                    self.prepared = prepared = await service.prepare(self.endpoint, body, tenant.name)
+            except TimeoutError:
+                message = "The request's time was over before it could be read. Try again, or send less at once."
+                raise ApiError(504, message, type="server_error", code="timeout") from None
         wanted = prepared.wanted
         check_model(tenant, wanted.model)
         trace.describe(self.endpoint.operation, wanted.model, tandem__tenant=tenant.name)
@@ -131,12 +136,12 @@ class Asked:
             return
         self._closed = True
         outcome = outcome_of(error)
-        if self.reply is not None:
-            self.reply.close(outcome)
         service = self._service
         service.metrics.in_flight.dec()
         tokens = 0
         try:
+            if self.reply is not None:
+                self.reply.close(outcome)
             record = self._record(outcome)
             tokens = record.completion_tokens
         finally:

@@ -61,6 +61,25 @@ async def test_who_leaves_while_it_waits_frees_its_place(lanes: Lanes) -> None:
         assert await lanes.work("acme", LARGE, lambda: 2) == 2
 
 
+async def test_who_gives_up_leaves_no_second_thread_to_its_tenant(lanes: Lanes) -> None:
+    go, began = threading.Event(), threading.Event()
+
+    def stuck() -> None:
+        began.set()
+        go.wait()
+
+    given_up = asyncio.create_task(lanes.work("greedy", LARGE, stuck))
+    await asyncio.to_thread(began.wait, 5)
+    given_up.cancel()
+    await asyncio.wait([given_up])
+    began.clear()
+    second = asyncio.create_task(lanes.work("greedy", LARGE, stuck))
+    assert not await asyncio.to_thread(began.wait, 0.05)
+    go.set()
+    async with asyncio.timeout(5):
+        await second
+
+
 async def test_what_a_job_raises_comes_back(lanes: Lanes) -> None:
     with pytest.raises(ZeroDivisionError):
         await lanes.work("acme", LARGE, lambda: 1 // 0)

@@ -9,7 +9,7 @@ import asyncio
 import ctypes
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tandem.gateway.errors import ApiError
 
@@ -31,6 +31,15 @@ class _Lane:
         self.turn = asyncio.Lock()
         self.waiting = 0
 
+    def leave(self) -> None:
+        self.waiting -= 1
+        self.turn.release()
+
+    def over(self, work: asyncio.Future[Any]) -> None:
+        self.leave()
+        if not work.cancelled():
+            work.exception()  # nobody may be left to hear of it, and it must not be warned of then
+
 
 class Lanes:
     """Belongs to one event loop."""
@@ -50,11 +59,20 @@ class Lanes:
             raise ApiError(429, message, type="requests", code="overloaded", retry_after=1.0)
         lane.waiting += 1
         try:
-            async with lane.turn:
-                work = job if size < _TRIM_BYTES else _then_trim(job)
-                return await asyncio.get_running_loop().run_in_executor(self._threads, work)
-        finally:
+            await lane.turn.acquire()
+        except BaseException:
             lane.waiting -= 1
+            raise
+        try:
+            work = job if size < _TRIM_BYTES else _then_trim(job)
+            running = asyncio.get_running_loop().run_in_executor(self._threads, work)
+        except BaseException:
+            lane.leave()
+            raise
+        # Who gives up does not end the thread's work: the lane is free when that is over, or a client that comes and
+        # goes would have all the threads.
+        running.add_done_callback(lane.over)
+        return await asyncio.shield(running)
 
     def close(self) -> None:
         """Let what runs end by itself; nothing that waits is begun."""
