@@ -50,7 +50,7 @@ class Totals(msgspec.Struct, kw_only=True):
     unlike: int = 0
     """Pairs whose legs did not have the same prompt."""
     reused: int = 0
-    """Rooms that came a second time."""
+    """Rooms that came a second time to the same role. (The second leg of a room whose first was aborted is no such.)"""
     aborted: int = 0
     disconnected: int = 0
     """Connections closed before the answer was complete."""
@@ -70,7 +70,7 @@ class Fleet:
         self.loop = asyncio.get_running_loop()
         self.running: dict[str, Answer] = {}
         self._rooms: dict[int, Answer] = {}
-        self._used: set[int] = set()
+        self._used: set[tuple[int, str]] = set()
 
     def begin(self, answer: Answer) -> None:
         """Start an answer, or let it wait for its other leg."""
@@ -79,11 +79,10 @@ class Fleet:
         if answer.room is None:
             answer.start(self.loop.time() + self.ttft)
             return
+        self.totals.reused += (answer.room, answer.role) in self._used
+        self._used.add((answer.room, answer.role))
         other = self._rooms.pop(answer.room, None)
         if other is None:
-            if answer.room in self._used:
-                self.totals.reused += 1
-            self._used.add(answer.room)
             self._rooms[answer.room] = answer
             return
         self.totals.pairs += {other.role, answer.role} == {"prefill", "decode"}
