@@ -35,6 +35,9 @@ class FailureKind(StrEnum):
     """A stream that had begun produced nothing for too long."""
     DEADLINE = "deadline"
     """The request's own time is over."""
+    BAD_KV = "bad_kv"
+    """Prefill says that its part failed, or sampled another first token than decode: what decode makes of it is not to
+    be trusted."""
     NO_CAPACITY = "no_capacity"
     """No pair is ready."""
     CLIENT_GONE = "client_gone"
@@ -61,7 +64,19 @@ class Submit(Event, frozen=True, kw_only=True):
     request: str
     deadline: float
     first_token_s: float
+    """A pair that has produced nothing by then is given up for another."""
     stall_s: float
+    """A stream without a token for so long is taken to another pair."""
+    capacity_s: float = 0.0
+    """How long it may wait for a group to come up. One that has tokens waits until its deadline."""
+    hold_s: float = 0.0
+    """How long decode's first tokens may be kept back for prefill's word that the KV is good."""
+    limit: int = 0
+    """Tokens that the answer may have at the most; 0 = not known."""
+    delivered: int = 0
+    """Tokens that the client has already, of an answer that another gateway began."""
+    version: str | None = None
+    """Weight version that those came from; None = any will do."""
 
 
 class Opened(Event, frozen=True, kw_only=True):
@@ -70,6 +85,8 @@ class Opened(Event, frozen=True, kw_only=True):
     request: str
     room: int
     pair: Pair
+    version: str = ""
+    """Weight version of the pair."""
 
 
 class Refused(Event, frozen=True, kw_only=True):
@@ -77,6 +94,8 @@ class Refused(Event, frozen=True, kw_only=True):
 
     request: str
     failure: Failure
+    coming: bool = False
+    """A group that would do is starting: there is something to wait for."""
 
 
 class LegAccepted(Event, frozen=True, kw_only=True):
@@ -99,6 +118,8 @@ class LegFinished(Event, frozen=True, kw_only=True):
     room: int
     role: Role
     reason: str
+    first: int | None = None
+    """Prefill only: the token that it sampled, which decode's stream has to begin with."""
 
 
 class LegFailed(Event, frozen=True, kw_only=True):
@@ -126,6 +147,14 @@ class GroupLost(Event, frozen=True, kw_only=True):
 class GroupUp(Event, frozen=True, kw_only=True):
     """The group is ready at this epoch; whatever ran on another epoch of it is lost."""
 
+    group: str
+    epoch: int
+
+
+class Move(Event, frozen=True, kw_only=True):
+    """The group is leaving: if the request decodes there, it is to go on elsewhere. Only when there is an elsewhere."""
+
+    request: str
     group: str
     epoch: int
 
@@ -164,6 +193,10 @@ class NeedPair(Action, frozen=True, kw_only=True):
     attempt: int
     avoid: frozenset[str]
     """Groups that failed this request before: only if there is no other."""
+    version: str | None = None
+    """Weight version that the pair must have, since the client has tokens from it; None = any."""
+    why: str = ""
+    """What became of the attempt before: a `FailureKind`, or "moved". Empty with the first."""
 
 
 class SendLeg(Action, frozen=True, kw_only=True):

@@ -1,10 +1,14 @@
 """The pair table: every request, its attempts and their rooms, as one pure state table. Events in, actions out.
 
-Rules that it keeps:
-- The two legs of a room share one fate: when one fails before the first token, the other is aborted and the request
-  goes to a fresh pair in a fresh room, at most `max_attempts` times in all.
-- Once decode has produced a token the KV has arrived, so prefill's end, good or bad, no longer matters.
-- After the first delivered token a failure ends the request: nothing is delivered twice.
+Rules that it keeps (docs/pairing.md has the whole table):
+- The two legs of a room share one fate: when one fails before decode's tokens are shown, the other is aborted and the
+  request goes to a fresh pair in a fresh room.
+- Decode's first tokens are kept back until prefill says that the KV is good, at most for `hold_s`; the two must have
+  sampled the same first token. What turns out bad before it is shown is tried again, afterwards it ends the request.
+- Once tokens are shown, prefill's end no longer matters, unless it is an abort.
+- A request whose decode leg is lost in mid-stream goes on elsewhere, behind the tokens that its client has, with
+  weights of the same version.
+- Where there is no pair, a request waits for one that is coming up, as long as it may.
 - Each request ends exactly once; each room that was opened is closed on both sides.
 - Nothing is sent to an epoch that is known to be lost.
 
@@ -13,14 +17,12 @@ The caller routes, draws rooms, does the I/O, and must answer every `AbortLeg` w
 
 from __future__ import annotations
 
-import heapq
 from collections import deque
 from collections.abc import Callable
-from enum import StrEnum
 from typing import Any
 
+from tandem.core.deadlines import Deadlines
 from tandem.core.pair_events import (
-    AbortLeg,
     Action,
     ClientGone,
     Deliver,
@@ -35,95 +37,37 @@ from tandem.core.pair_events import (
     LegClosed,
     LegFailed,
     LegFinished,
-    LegReleased,
     LegTokens,
+    Move,
     NeedPair,
     Opened,
     Refused,
-    RoomClosed,
     Satisfied,
     SendLeg,
     Submit,
     Tick,
     Withdraw,
 )
-from tandem.core.routing import Pair
+from tandem.core.pair_records import FINAL, UNSEEN, LegState, Request, Retries, Room
+from tandem.core.room_number import ROOM_LIMIT, room_number
 from tandem.core.types import Role
 
-ROOM_LIMIT = 2**63
-FINAL = frozenset({FailureKind.BAD_REQUEST, FailureKind.DEADLINE})
-"""Failures that no other pair could mend."""
-
-
-def room_number(bits: int, *, dp_size: int, dp_rank: int) -> int:
-    """A room from random bits, such that `room % dp_size == dp_rank`, between 1 and 2**63 - 1.
-
-    A prefill server with DP attention and `--load-balance-method auto` takes a request on rank `room % dp_size`
-    (SGLang 0.5.23, `data_parallel_controller.follow_bootstrap_room_scheduler`), and decode looks for the KV there.
-    """
-    size = max(1, dp_size)
-    if not 0 <= dp_rank < size:
-        raise ValueError(f"DP rank {dp_rank} is not in 0 … {size - 1}")
-    # Multiples of `size` below the limit, 0 left out (room 0 is SGLang's own health check).
-    multiple = 1 + bits % (ROOM_LIMIT // size - 1)
-    room = multiple * size + dp_rank
-    return room if room < ROOM_LIMIT else room - size
-
-
-class LegState(StrEnum):
-    """Life of one leg: sent → accepted → closed, with aborting on the way when its end was asked for."""
-
-    SENT = "sent"
-    ACCEPTED = "accepted"
-    ABORTING = "aborting"
-    CLOSED = "closed"
-
-
-class _Room:
-    __slots__ = ("legs", "pair", "produced", "request", "room")
-
-    def __init__(self, room: int, request: str, pair: Pair) -> None:
-        self.room = room
-        self.request = request
-        self.pair = pair
-        self.produced = False
-        self.legs = {Role.PREFILL: LegState.SENT, Role.DECODE: LegState.SENT}
-
-
-class _Request:
-    __slots__ = ("attempts", "avoid", "delivered", "name", "progress", "room", "submit")
-
-    def __init__(self, submit: Submit, now: float) -> None:
-        self.name = submit.request
-        self.submit = submit
-        self.attempts = 1
-        self.avoid: frozenset[str] = frozenset()
-        self.delivered = 0
-        self.room: _Room | None = None
-        self.progress = now
-        """When the attempt began, or last produced tokens."""
-
-    def due(self) -> float:
-        """When it must have made progress or be over."""
-        if self.room is None:
-            return self.submit.deadline
-        patience = self.submit.stall_s if self.delivered else self.submit.first_token_s
-        return min(self.submit.deadline, self.progress + patience)
+__all__ = ["ROOM_LIMIT", "PairTable", "room_number"]
 
 
 class PairTable:
     """All requests and rooms of one gateway. `handle` is the only way in; it never blocks and never reads a clock."""
 
-    def __init__(self, *, max_attempts: int = 3, linger_s: float = 10.0) -> None:
+    def __init__(self, *, retries: Retries | None = None, linger_s: float = 10.0) -> None:
         """`linger_s`: how long a prefill leg may stay open after decode has finished, in seconds."""
-        self._max_attempts = max_attempts
+        self._retries = retries or Retries()
         self._linger_s = linger_s
-        self._requests: dict[str, _Request] = {}
-        self._rooms: dict[int, _Room] = {}
+        self._requests: dict[str, Request] = {}
+        self._rooms: dict[int, Room] = {}
+        self._parked: dict[str, Request] = {}
+        """Requests that wait for a group to come up, in the order in which they began to."""
         self._lost: dict[str, int] = {}
-        self._timers: list[tuple[float, int, str]] = []
-        self.timers_set = 0
-        """Rises with each deadline that is set: as long as it stays, `next_deadline` comes no earlier than before."""
+        self._timers = Deadlines()
         self._lingering: deque[tuple[float, int]] = deque()
         self._handlers: dict[type[Event], Callable[[Any, float], list[Action]]] = {
             Submit: self._submit,
@@ -136,6 +80,7 @@ class PairTable:
             LegClosed: self._closed,
             GroupLost: self._group_lost,
             GroupUp: self._group_up,
+            Move: self._move,
             ClientGone: self._client_gone,
             Withdraw: self._withdraw,
             Satisfied: self._satisfied,
@@ -151,6 +96,11 @@ class PairTable:
         return self._handlers[type(event)](event, now)
 
     @property
+    def timers_set(self) -> int:
+        """Rises with each deadline that is set: as long as it stays, `next_deadline` comes no earlier than before."""
+        return self._timers.set
+
+    @property
     def open_requests(self) -> int:
         return len(self._requests)
 
@@ -158,21 +108,35 @@ class PairTable:
     def open_rooms(self) -> int:
         return len(self._rooms)
 
+    @property
+    def parked(self) -> int:
+        """Requests that wait for a group to come up."""
+        return len(self._parked)
+
     def has_room(self, room: int) -> bool:
         """Whether the number is taken: SGLang does not survive a room that is used twice."""
         return room in self._rooms
 
+    def decoding_on(self, group: str, epoch: int) -> list[str]:
+        """The requests whose present room decodes there: what `Move` would move."""
+        found = []
+        for request in self._requests.values():
+            room = request.room
+            if room is not None and (room.pair.decode.group, room.pair.decode.epoch) == (group, epoch):
+                found.append(request.name)
+        return found
+
     def next_deadline(self) -> float | None:
         """When `Tick` is due at the latest; None = nothing waits."""
-        due = [queue[0][0] for queue in (self._timers, self._lingering) if queue]
-        return min(due, default=None)
+        due = [self._timers.next(), self._lingering[0][0] if self._lingering else None]
+        return min((one for one in due if one is not None), default=None)
 
     # Requests
 
     def _submit(self, event: Submit, now: float) -> list[Action]:
         if event.request in self._requests:
             raise ValueError(f"request {event.request} is already in the table")
-        request = self._requests[event.request] = _Request(event, now)
+        request = self._requests[event.request] = Request(event, now)
         self._arm(request)
         return [self._need_pair(request)]
 
@@ -181,25 +145,40 @@ class PairTable:
             raise ValueError(f"room {event.room} is already open")
         if not 0 < event.room < ROOM_LIMIT:
             raise ValueError(f"room {event.room} is not a positive int63")
-        request = self._requests.get(event.request)
-        if request is None or request.room is not None:
+        request = self._asked(event.request)
+        if request is None:
             return []
         for role in Role:
             target = event.pair.target(role)
             if target.epoch <= self._lost.get(target.group, -1):
-                failure = Failure(kind=FailureKind.GROUP_LOST, message=f"group {target.group} was lost while routing")
-                return self._again(request, frozenset({target.group}), failure)
-        room = self._rooms[event.room] = _Room(event.room, event.request, event.pair)
+                failure = Failure(kind=FailureKind.UNREACHABLE, message=f"group {target.group} was lost while routing")
+                return self._again(request, frozenset({target.group}), failure, now)
+        room = self._rooms[event.room] = Room(event.room, event.request, event.pair, event.version)
         request.room = room
+        request.parked_at = None
         request.progress = now
         self._arm(request)
         return [SendLeg(request=request.name, room=room.room, role=role, pair=event.pair) for role in Role]
 
     def _refused(self, event: Refused, now: float) -> list[Action]:
-        request = self._requests.get(event.request)
-        if request is None or request.room is not None:
+        request = self._asked(event.request)
+        if request is None:
             return []
-        return self._fail(request, event.failure)
+        if request.parked_at is None:
+            request.parked_at = now
+        if not event.coming or now >= request.gives_up_at():
+            return self._fail(request, event.failure)
+        self._parked[request.name] = request
+        self._arm(request)
+        return []
+
+    def _asked(self, name: str) -> Request | None:
+        """The request, if it still waits for the answer to a `NeedPair`."""
+        request = self._requests.get(name)
+        if request is None or not request.asking:
+            return None
+        request.asking = False
+        return request
 
     def _client_gone(self, event: ClientGone, now: float) -> list[Action]:
         failure = Failure(kind=FailureKind.CLIENT_GONE, message="the client has gone")
@@ -210,10 +189,24 @@ class PairTable:
         return [] if request is None else self._fail(request, event.failure)
 
     def _satisfied(self, event: Satisfied, now: float) -> list[Action]:
-        request = self._requests.pop(event.request, None)
+        request = self._requests.get(event.request)
         if request is None:
             return []
-        return [*self._abort_room(request.room, "satisfied"), Finish(request=request.name, reason="stop")]
+        return [*(request.room.abort("satisfied") if request.room is not None else ()), self._finish(request, "stop")]
+
+    def _move(self, event: Move, now: float) -> list[Action]:
+        request = self._requests.get(event.request)
+        room = None if request is None else request.room
+        if request is None or room is None or room.legs[Role.DECODE] is LegState.CLOSED:
+            return []
+        if (room.pair.decode.group, room.pair.decode.epoch) != (event.group, event.epoch):
+            return []
+        request.room = None
+        request.attempt += 1
+        request.avoid |= {event.group}
+        request.why = "moved"
+        self._arm(request)
+        return [*room.abort("moved"), self._need_pair(request)]
 
     # Legs
 
@@ -230,54 +223,73 @@ class PairTable:
         request = self._current(room)
         if request is None or room.legs[Role.DECODE] not in (LegState.SENT, LegState.ACCEPTED):
             return []
-        room.produced = True
         request.progress = now
-        request.delivered += len(event.ids)
-        if request.delivered == len(event.ids):
-            # The time for a stall may end before that for the first token would have.
-            self._arm(request)
-        return [Deliver(request=request.name, room=room.room, ids=event.ids)]
+        if room.shown:  # most of all events
+            request.progressed(len(event.ids))
+            return [Deliver(request=request.name, room=room.room, ids=event.ids)]
+        if room.held is not None:
+            room.held += event.ids
+            return []
+        room.produced = True
+        room.first = event.ids[0]
+        if room.at_odds:
+            return self._bad_kv(room, request, now)
+        if room.prefilled or not request.submit.hold_s:
+            return self._show(room, request, event.ids)
+        room.held = list(event.ids)
+        room.hold_until = now + request.submit.hold_s
+        self._arm(request)
+        return []
 
     def _finished(self, event: LegFinished, now: float) -> list[Action]:
         room = self._rooms.get(event.room)
         if room is None:
             return []
-        actions = self._close_leg(room, event.role)
+        actions = self._close(room, event.role)
         request = self._current(room)
-        if request is None or event.role is Role.PREFILL or not actions:
+        if request is None or not actions:
             return actions
-        del self._requests[request.name]
-        actions.append(Finish(request=request.name, reason=event.reason))
-        if room.legs[Role.PREFILL] is not LegState.CLOSED:
-            self._lingering.append((now + self._linger_s, room.room))
-            self.timers_set += 1
-        return actions
+        if event.role is Role.PREFILL:
+            room.prefilled = True
+            room.promised = event.first
+            if room.at_odds:
+                return actions + self._bad_kv(room, request, now)
+            return actions if room.held is None else actions + self._release(room, request, now)
+        if room.held is not None:
+            # All of the answer is there, but prefill has not said yet that it is good.
+            room.reason = event.reason
+            return actions
+        return actions + self._complete(room, request, event.reason, now)
 
     def _failed(self, event: LegFailed, now: float) -> list[Action]:
         room = self._rooms.get(event.room)
         if room is None:
             return []
-        actions = self._close_leg(room, event.role)
+        actions = self._close(room, event.role)
         if not actions:
             return []
-        return actions + self._fate(room, event.role, event.failure)
+        return actions + self._fate(room, event.role, event.failure, now)
 
     def _closed(self, event: LegClosed, now: float) -> list[Action]:
         room = self._rooms.get(event.room)
         if room is None or room.legs[event.role] is not LegState.ABORTING:
             return []
-        return self._close_leg(room, event.role)
+        return self._close(room, event.role)
+
+    # Groups
 
     def _group_lost(self, event: GroupLost, now: float) -> list[Action]:
         self._lost[event.group] = max(event.epoch, self._lost.get(event.group, -1))
-        return self._lose(event.group, lambda epoch: epoch <= event.epoch)
+        return self._lose(event.group, lambda epoch: epoch <= event.epoch, now)
 
     def _group_up(self, event: GroupUp, now: float) -> list[Action]:
         # A group that was removed and made anew may start at an epoch that was lost before.
         self._lost[event.group] = event.epoch - 1
-        return self._lose(event.group, lambda epoch: epoch != event.epoch)
+        actions = self._lose(event.group, lambda epoch: epoch != event.epoch, now)
+        waiting, self._parked = self._parked, {}
+        return actions + [self._need_pair(request) for request in waiting.values()]
 
-    def _lose(self, group: str, gone: Callable[[int], bool]) -> list[Action]:
+    def _lose(self, group: str, gone: Callable[[int], bool], now: float) -> list[Action]:
         failure = Failure(kind=FailureKind.GROUP_LOST, message=f"group {group} was lost", retry_after=2.0)
         actions: list[Action] = []
         for room in list(self._rooms.values()):
@@ -285,9 +297,9 @@ class PairTable:
                 target = room.pair.target(role)
                 if target.group != group or not gone(target.epoch):
                     continue
-                aborted = self._abort_leg(room, role, "group_lost", notify=False)
+                aborted = room.abort_leg(role, "group_lost", notify=False)
                 if aborted:
-                    actions += aborted + self._fate(room, role, failure)
+                    actions += aborted + self._fate(room, role, failure, now)
         return actions
 
     # Time
@@ -298,9 +310,8 @@ class PairTable:
             _, number = self._lingering.popleft()
             room = self._rooms.get(number)
             if room is not None:
-                actions += self._abort_room(room, "linger")
-        while self._timers and self._timers[0][0] <= now:
-            _, _, name = heapq.heappop(self._timers)
+                actions += room.abort("linger")
+        while (name := self._timers.pop(now)) is not None:
             request = self._requests.get(name)
             if request is None:
                 continue
@@ -310,82 +321,136 @@ class PairTable:
                 actions += self._overdue(request, now)
         return actions
 
-    def _overdue(self, request: _Request, now: float) -> list[Action]:
-        if now >= request.submit.deadline:
-            failure = Failure(kind=FailureKind.DEADLINE, message="the request's time is over")
-            return self._fail(request, failure)
-        if request.delivered:
-            message = f"no token for {request.submit.stall_s:g} s"
-            return self._fail(request, Failure(kind=FailureKind.STALLED, message=message))
-        room, request.room = request.room, None
-        assert room is not None, "a request without a room waits for nothing but its deadline"
-        message = f"no first token within {request.submit.first_token_s:g} s"
-        failure = Failure(kind=FailureKind.NO_FIRST_TOKEN, message=message)
-        avoid = frozenset({room.pair.prefill.group, room.pair.decode.group})
-        return self._abort_room(room, "no_first_token") + self._again(request, avoid, failure)
-
-    def _arm(self, request: _Request) -> None:
-        # At least one entry per request is at or before its due time; stale ones are dropped or put back by `_tick`.
-        self.timers_set += 1
-        if len(self._timers) > 64 + 4 * len(self._requests):
-            # Nearly all are of requests that are over; left there, they would pile up for as long as a token may take.
-            self._timers = [(one.due(), serial, one.name) for serial, one in enumerate(self._requests.values())]
-            heapq.heapify(self._timers)
-        heapq.heappush(self._timers, (request.due(), self.timers_set, request.name))
-
-    # Consequences
-
-    def _fate(self, room: _Room, role: Role, failure: Failure) -> list[Action]:
-        """One leg is lost: what becomes of the other, and of the request."""
-        if role is Role.PREFILL and room.produced:
-            return []
-        request = self._current(room)
-        actions = self._abort_room(room, "partner_failed")
-        if request is None:
-            return actions
+    def _overdue(self, request: Request, now: float) -> list[Action]:
+        room, submit = request.room, request.submit
+        if now >= submit.deadline:
+            return self._fail(request, Failure(kind=FailureKind.DEADLINE, message="the request's time is over"))
+        if room is None:
+            if request.wake is not None:
+                return [self._need_pair(request)]
+            waited = now - (request.parked_at if request.parked_at is not None else now)
+            message = f"no group came up within {waited:.0f} s"
+            return self._fail(request, Failure(kind=FailureKind.NO_CAPACITY, message=message, retry_after=5.0))
+        if room.held is not None:
+            return self._release(room, request, now)
         request.room = None
-        return actions + self._again(request, frozenset({room.pair.target(role).group}), failure)
+        if room.produced:
+            failure = Failure(kind=FailureKind.STALLED, message=f"no token for {submit.stall_s:g} s")
+            avoid = frozenset({room.pair.decode.group})
+        else:
+            message = f"no first token within {submit.first_token_s:g} s"
+            failure = Failure(kind=FailureKind.NO_FIRST_TOKEN, message=message)
+            avoid = frozenset({room.pair.prefill.group, room.pair.decode.group})
+        return room.abort(failure.kind.value) + self._again(request, avoid, failure, now)
 
-    def _again(self, request: _Request, avoid: frozenset[str], failure: Failure) -> list[Action]:
-        """A fresh attempt if the request may have one, else its end."""
-        if request.delivered or failure.kind in FINAL or request.attempts >= self._max_attempts:
+    def _arm(self, request: Request) -> None:
+        if self._timers.crowded(self._requests):
+            self._timers.renew((one.name, one.due()) for one in self._requests.values())
+        self._timers.put(request.name, request.due())
+
+    # Consequences: tokens
+
+    def _show(self, room: Room, request: Request, ids: list[int]) -> list[Action]:
+        """The first tokens of the room go to the client; from now on the answer has this room's weights."""
+        room.shown = True
+        request.version = room.version
+        request.progressed(len(ids))
+        # The time for a stall may end before that for the first token would have.
+        self._arm(request)
+        return [Deliver(request=request.name, room=room.room, ids=ids)]
+
+    def _release(self, room: Room, request: Request, now: float) -> list[Action]:
+        """What was held is good, or may be held no longer."""
+        held, room.held = room.held or [], None
+        actions = self._show(room, request, held)
+        return actions if room.reason is None else actions + self._complete(room, request, room.reason, now)
+
+    def _complete(self, room: Room, request: Request, reason: str, now: float) -> list[Action]:
+        """Decode has finished well, and all that it said is with the client."""
+        if room.legs[Role.PREFILL] is not LegState.CLOSED:
+            self._lingering.append((now + self._linger_s, room.room))
+            self._timers.set += 1
+        return [self._finish(request, reason)]
+
+    def _bad_kv(self, room: Room, request: Request, now: float) -> list[Action]:
+        message = "prefill and decode have different first tokens"
+        return self._distrust(room, request, Failure(kind=FailureKind.BAD_KV, message=message), now)
+
+    def _distrust(self, room: Room, request: Request, failure: Failure, now: float) -> list[Action]:
+        """What decode says is not to be trusted: once it is shown it cannot be taken back, and the answer fails."""
+        if room.shown:
             return self._fail(request, failure)
-        request.attempts += 1
+        request.room = None
+        avoid = frozenset({room.pair.prefill.group, room.pair.decode.group})
+        return room.abort(failure.kind.value) + self._again(request, avoid, failure, now)
+
+    # Consequences: failures
+
+    def _fate(self, room: Room, role: Role, failure: Failure, now: float) -> list[Action]:
+        """One leg is lost: what becomes of the other, and of the request."""
+        request = self._current(room)
+        if role is Role.PREFILL and room.shown:
+            if request is None or failure.kind is not FailureKind.ABORTED:
+                return []
+            # SGLang may say so of a transfer that decode took for complete.
+            message = f"prefill gave up after decode had begun: {failure.message}"
+            return self._distrust(room, request, Failure(kind=FailureKind.BAD_KV, message=message), now)
+        if request is None:
+            return [] if role is Role.PREFILL and room.produced else room.abort("partner_failed")
+        request.room = None
+        actions = room.abort("partner_failed")
+        return actions + self._again(request, frozenset({room.pair.target(role).group}), failure, now)
+
+    def _again(self, request: Request, avoid: frozenset[str], failure: Failure, now: float) -> list[Action]:
+        """A fresh attempt if the request may have one, else its end."""
+        if 0 < request.submit.limit <= request.delivered:
+            # Only the word of its end was lost.
+            return [self._finish(request, "length")]
+        request.attempt += 1
+        request.tries += 1
+        request.losses += failure.kind not in UNSEEN
+        most = self._retries
+        spent = request.losses >= most.losses or request.tries > most.tries or request.attempt > most.most
+        if failure.kind in FINAL or spent:
+            return self._fail(request, failure)
         request.avoid |= avoid
+        request.why = failure.kind.value
+        if delay := most.delay(request.tries):
+            request.wake = now + delay
+            self._arm(request)
+            return []
         self._arm(request)
         return [self._need_pair(request)]
 
-    def _fail(self, request: _Request, failure: Failure) -> list[Action]:
-        del self._requests[request.name]
-        actions = self._abort_room(request.room, failure.kind.value)
+    def _finish(self, request: Request, reason: str) -> Finish:
+        self._forget(request)
+        return Finish(request=request.name, reason=reason)
+
+    def _fail(self, request: Request, failure: Failure) -> list[Action]:
+        self._forget(request)
+        actions = [] if request.room is None else request.room.abort(failure.kind.value)
         actions.append(Fail(request=request.name, failure=failure, delivered=request.delivered))
         return actions
 
-    def _need_pair(self, request: _Request) -> NeedPair:
-        return NeedPair(request=request.name, attempt=request.attempts, avoid=request.avoid)
+    def _forget(self, request: Request) -> None:
+        del self._requests[request.name]
+        self._parked.pop(request.name, None)
 
-    def _current(self, room: _Room) -> _Request | None:
+    def _need_pair(self, request: Request) -> NeedPair:
+        request.asking = True
+        request.wake = None
+        version = request.version if request.delivered else None
+        return NeedPair(
+            request=request.name, attempt=request.attempt, avoid=request.avoid, version=version, why=request.why
+        )
+
+    def _current(self, room: Room) -> Request | None:
         """The request that this room still answers, if any."""
         request = self._requests.get(room.request)
         return request if request is not None and request.room is room else None
 
-    def _abort_room(self, room: _Room | None, reason: str) -> list[Action]:
-        if room is None:
-            return []
-        return [action for role in Role for action in self._abort_leg(room, role, reason, notify=True)]
-
-    def _abort_leg(self, room: _Room, role: Role, reason: str, *, notify: bool) -> list[Action]:
-        if room.legs[role] in (LegState.ABORTING, LegState.CLOSED):
-            return []
-        room.legs[role] = LegState.ABORTING
-        return [AbortLeg(room=room.room, role=role, target=room.pair.target(role), notify=notify, reason=reason)]
-
-    def _close_leg(self, room: _Room, role: Role) -> list[Action]:
-        if room.legs[role] is LegState.CLOSED:
-            return []
-        room.legs[role] = LegState.CLOSED
-        actions: list[Action] = [LegReleased(room=room.room, role=role, target=room.pair.target(role))]
-        if all(state is LegState.CLOSED for state in room.legs.values()):
-            del self._rooms[room.room]
-            actions.append(RoomClosed(room=room.room))
+    def _close(self, room: Room, role: Role) -> list[Action]:
+        actions = room.close_leg(role)
+        if room.closed:
+            self._rooms.pop(room.room, None)
         return actions

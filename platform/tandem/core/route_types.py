@@ -42,6 +42,8 @@ class NoCapacity(msgspec.Struct, frozen=True, kw_only=True):
 
     reason: str
     retry_after: float = 2.0
+    coming: bool = False
+    """Groups that would end the shortage are starting."""
 
 
 class RankLoad(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,6 +89,11 @@ class RouteAsk:
         self.output_tokens = output_tokens
         self._keys: list[bytes] = []
         self._keys_of = 0
+
+    def behind(self, delivered: Sequence[int]) -> RouteAsk:
+        """The same request, when its answer has these tokens already."""
+        left = max(0, self.output_tokens - len(delivered))
+        return RouteAsk([*self.prompt, *delivered], self.session, output_tokens=left)
 
     def keys(self, index: PrefixIndex) -> list[bytes]:
         """The prompt's blocks as `index` calls them."""

@@ -10,7 +10,7 @@ repeated exactly.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from tandem.core.prefix_index import PrefixIndex, Worker
 from tandem.core.rank_load import RankAccount
@@ -22,6 +22,8 @@ from tandem.core.types import DpLoad, Group, GroupState, Role
 __all__ = ["NoCapacity", "Pair", "RankLoad", "RankView", "RouteAsk", "Router", "Target"]
 
 _LOST = frozenset({GroupState.FAILED, GroupState.GONE})
+_COMING = frozenset({GroupState.STARTING, GroupState.FAILED})
+"""A group that failed starts again."""
 _HAS_ENGINES = frozenset({GroupState.READY, GroupState.CORDONED, GroupState.DRAINING})
 
 
@@ -97,11 +99,16 @@ class Router:
     # Choosing
 
     def choose(
-        self, ask: RouteAsk | None = None, *, avoid: Collection[str] = (), now: float | None = None
+        self,
+        ask: RouteAsk | None = None,
+        *,
+        avoid: Collection[str] = (),
+        version: str | None = None,
+        now: float | None = None,
     ) -> Pair | NoCapacity:
         """The pair with the least cost; groups in `avoid` only if a role has no other.
 
-        Both halves hold the same weights: the KV of one weight version means nothing to another.
+        Both halves hold the same weights: the KV of one weight version means nothing to another. `version`: only these.
         """
         self._advance(now)
         keys = ask.keys(self.index) if ask is not None else []
@@ -109,10 +116,7 @@ class Router:
         prompt, whole = (len(ask.prompt), len(ask.prompt) + ask.output_tokens) if ask is not None else (0, 0)
         home = self._sessions.get(ask.session) if ask is not None and ask.session else None
         best: tuple[tuple[int, float], Picked, Picked] | None = None
-        for version in sorted(self._ready):
-            ready = self._ready[version]
-            if len(ready) < len(Role):
-                continue
+        for ready in self._pairable(version):
             prefill = pick_prefill(
                 allowed(ready[Role.PREFILL], avoid),
                 prompt,
@@ -128,7 +132,7 @@ class Router:
             if best is None or cost < best[0]:
                 best = (cost, prefill, decode)
         if best is None:
-            return self.shortage() or NoCapacity(reason="no pair is ready")
+            return self.shortage(version) or NoCapacity(reason="no pair is ready")
         self._turn += 1
         (avoided, _), prefill, decode = best
         blocks = depths[prefill.rank.slot] if depths else 0
@@ -145,15 +149,21 @@ class Router:
             choice=choice,
         )
 
-    def shortage(self) -> NoCapacity | None:
+    def shortage(self, version: str | None = None) -> NoCapacity | None:
         """Why `choose` would find no pair; None if it would find one. Takes no turn."""
-        if any(len(ready) == len(Role) for ready in self._ready.values()):
+        if next(self._pairable(version), None) is not None:
             return None
-        ready = {role for found in self._ready.values() for role in found}
-        missing = [role.value for role in Role if role not in ready]
+        found = self._ready.values() if version is None else [self._ready.get(version, {})]
+        ready = {role for roles in found for role in roles}
+        missing = [role for role in Role if role not in ready]
+        # What a group that starts will hold is not known before it is ready.
+        coming = {group.role for group in self._groups.values() if group.state in _COMING}
         if missing:
-            return NoCapacity(reason=f"no {' and no '.join(missing)} group is ready")
-        return NoCapacity(reason="the prefill and decode groups that are ready have different weight versions")
+            names = " and no ".join(role.value for role in missing)
+            weights = "" if version is None else f" with the weights {version!r}"
+            return NoCapacity(reason=f"no {names} group{weights} is ready", coming=coming.issuperset(missing))
+        reason = "the prefill and decode groups that are ready have different weight versions"
+        return NoCapacity(reason=reason, coming=bool(coming))
 
     # What runs
 
@@ -244,6 +254,13 @@ class Router:
         return len(self._leases)
 
     # Inside: choosing
+
+    def _pairable(self, version: str | None) -> Iterator[dict[Role, list[RoutableRank]]]:
+        """The ranks by role, of each weight version that both roles have."""
+        for name in sorted(self._ready) if version is None else (version,):
+            ready = self._ready.get(name, {})
+            if len(ready) == len(Role):
+                yield ready
 
     def _choice(
         self, prefill: Picked, decode: Picked, prompt: int, held: Sequence[bytes], *, last_resort: bool

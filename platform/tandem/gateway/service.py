@@ -20,8 +20,8 @@ from tandem.gateway.observe.logs import RequestLog
 from tandem.gateway.observe.metrics import Metrics
 from tandem.gateway.observe.tracing import Tracing
 from tandem.gateway.pairing.bell import Bell
-from tandem.gateway.pairing.legs import common_body
-from tandem.gateway.pairing.pairs import PairDriver
+from tandem.gateway.pairing.engine_body import EngineRequest
+from tandem.gateway.pairing.pairs import PairDriver, Patience
 from tandem.gateway.pairing.reply import Reply, Run
 from tandem.gateway.pairing.ticket import Ticket
 from tandem.gateway.text.detokenize import Vocabulary
@@ -31,6 +31,10 @@ from tandem.gateway.text.tokenize import ChatPrompt, Tokenizer
 from tandem.gateway.usage.metering import Meter
 
 Body = bytes | Mapping[str, Any]
+
+
+WHOLE_HOLD_S = 10.0
+"""How long the first tokens of an answer that is not streamed may wait for prefill's word."""
 
 
 class Prepared(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,10 +103,10 @@ class Service:
         for index in range(wanted.choices):
             prompt = prepared.prompts[index // wanted.n]
             sampling = sampling_for(wanted, index, thinking=prompt.thinking, limit=prepared.limit, form=form)
-            # Made only now: a request that waits for its turn holds its prompt once, not once for each choice.
-            common = common_body(prompt.ids, sampling, wanted.engine)
+            request = EngineRequest(prompt.ids, sampling, wanted.engine)
             name = asked.number if index == 0 else f"{asked.number}-{index}"
-            ticket = Ticket(name, common, asks[index // wanted.n], bell, trace=asked.trace)
+            ask = asks[index // wanted.n]
+            ticket = Ticket(name, request, ask, bell, limit=prepared.limit, trace=asked.trace)
             answer = answer_for(wanted, self.vocabulary, thinking=prompt.thinking, form=form)
             reply.add(Run(index, ticket, answer, self.driver, reply))
         tenant.prompt(sum(map(len, reply.prompts)))
@@ -110,13 +114,17 @@ class Service:
 
     def submit(self, asked: Asked, reply: Reply) -> None:
         """Send it on its way."""
+        gateway, streams = self.config, asked.wanted.stream
+        patience = Patience(
+            timeout=max(0.0, asked.deadline - self._loop.time()),
+            first_token_s=gateway.first_token_timeout_s,
+            stall_s=gateway.stall_timeout_s,
+            capacity_s=gateway.capacity_wait_s,
+            # Who waits for the whole answer does not mind when its first tokens come.
+            hold_s=gateway.confirm_kv_s if streams else WHOLE_HOLD_S,
+        )
         for run in reply.runs:
-            self.driver.submit(
-                run.ticket,
-                timeout=max(0.0, asked.deadline - self._loop.time()),
-                first_token_s=self.config.first_token_timeout_s,
-                stall_s=self.config.stall_timeout_s,
-            )
+            self.driver.submit(run.ticket, patience)
 
     def close(self) -> None:
         self.lanes.close()

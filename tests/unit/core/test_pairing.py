@@ -32,6 +32,7 @@ from tandem.core.pair_events import (
     Submit,
     Tick,
 )
+from tandem.core.pair_records import Retries
 from tandem.core.pairing import ROOM_LIMIT, PairTable, room_number
 from tandem.core.routing import Pair, Target
 from tandem.core.types import Role
@@ -94,16 +95,10 @@ def test_a_leg_that_fails_takes_the_other_along_and_the_request_goes_elsewhere(f
 
 
 def test_attempts_are_bounded() -> None:
-    opened(table := PairTable(max_attempts=2))
+    opened(table := PairTable(retries=Retries(losses=2)))
     table.handle(LegFailed(room=7, role=PREFILL, failure=BROKEN), 1)
     table.handle(Opened(request="r", room=8, pair=pair()), 1)
     assert the(Fail, table.handle(LegFailed(room=8, role=DECODE, failure=BROKEN), 2)).failure == BROKEN
-
-
-def test_after_the_first_token_a_failure_is_the_end() -> None:
-    opened(table := PairTable())
-    table.handle(LegTokens(room=7, ids=[1, 2]), 1)
-    assert the(Fail, table.handle(LegFailed(room=7, role=DECODE, failure=BROKEN), 2)).delivered == 2
 
 
 def test_once_decode_has_the_kv_prefills_failure_does_not_matter() -> None:
@@ -172,17 +167,19 @@ def test_a_pair_without_a_first_token_in_time_is_given_up_for_another() -> None:
     assert the(NeedPair, actions).avoid == {"p0", "d0"}
 
 
-def test_a_stream_that_stalls_fails() -> None:
+def test_a_stream_that_stalls_goes_on_elsewhere() -> None:
     opened(table := PairTable())
     table.handle(LegTokens(room=7, ids=[1]), 8)
     assert table.handle(Tick(), 12.9) == []
-    assert the(Fail, table.handle(Tick(), 13)).failure.kind is FailureKind.STALLED
+    actions = table.handle(Tick(), 13)
+    assert aborted(actions) == {PREFILL, DECODE}
+    assert (the(NeedPair, actions).avoid, the(NeedPair, actions).why) == ({"d0"}, "stalled")
 
 
 def test_a_stall_is_noticed_also_when_the_first_token_came_early() -> None:
     opened(table := PairTable())
     table.handle(LegTokens(room=7, ids=[1]), 1)
-    assert the(Fail, table.handle(Tick(), 6)).failure.kind is FailureKind.STALLED
+    assert the(NeedPair, table.handle(Tick(), 6)).why == "stalled"
 
 
 def test_no_request_outlives_its_deadline() -> None:

@@ -40,7 +40,7 @@ class Engine:
         self.role = role
         self.url = ""
         self.scripts: deque[Script] = deque()
-        self.default = Script(ids=[1]) if role == "prefill" else Script()
+        self.default = Script(ids=[]) if role == "prefill" else Script()
         self.choose: Callable[[dict[str, Any]], Script | None] = lambda body: None
         """The script for a request's body, where the order of requests is not certain; None = the next of `scripts`."""
         self.bodies: list[dict[str, Any]] = []

@@ -227,12 +227,14 @@ async def test_an_engine_that_fails_in_mid_stream_is_recorded_with_what_was_give
     async with world("p0", "d0") as w:
         go = asyncio.Event()
         w.engines["d0"].scripts.append(Script(finish=BROKEN, go=go))
+        w.engines["d0"].default = Script(status=500)
         _, running = await begun(w, stream=True)
         await w.until(lambda: w.metric("tandem_delivered_tokens_total") == 2)
         go.set()
         assert (await running).events()[-1]["error"]["code"] == "engine_failure"
         found = await the_record(w)
-    assert (found.outcome, found.completion_tokens, found.attempts) == ("engine_failure", 2, 1)
+    assert (found.outcome, found.completion_tokens, found.attempts) == ("engine_failure", 2, 3)
+    assert found.migrations == 2
 
 
 async def test_a_timeout_is_recorded() -> None:

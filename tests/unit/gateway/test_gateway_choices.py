@@ -21,12 +21,15 @@ from tandem.gateway.errors import ApiError
 from tandem.gateway.observe.metrics import Metrics
 from tandem.gateway.observe.tracing import Tracing
 from tandem.gateway.pairing.bell import Bell
+from tandem.gateway.pairing.engine_body import EngineRequest
 from tandem.gateway.pairing.reply import Reply, Run
 from tandem.gateway.pairing.ticket import Ticket
 from tandem.gateway.text.answer import Answer as Reader
 
 COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
 BROKEN = {"type": "abort", "message": "gone", "status_code": 500}
+GIVEN_UP = [Script(ids=[], finish=BROKEN)] * 3
+"""No pair will have what is left of it."""
 WORDS = ["one", "two", "three", "four", "five", "six"]
 
 
@@ -216,7 +219,7 @@ async def test_a_choice_that_is_over_does_not_end_the_others() -> None:
 async def test_a_choice_that_fails_fails_the_whole_answer_and_aborts_the_others() -> None:
     async with world("p0", "d0") as w:
         go = asyncio.Event()
-        say(w, Script(finish=None), Script(finish=BROKEN, go=go), Script(finish=None))
+        say(w, Script(finish=None), [Script(finish=BROKEN, go=go), *GIVEN_UP], Script(finish=None))
         running = asyncio.create_task(w.complete(n=3, seed=SEED))
         await w.engines["d0"].until(lambda: len(w.engines["d0"].running) == 3)
         await w.until(lambda: w.metric("tandem_delivered_tokens_total") == 8)
@@ -231,7 +234,7 @@ async def test_a_choice_that_fails_fails_the_whole_answer_and_aborts_the_others(
 async def test_a_choice_that_fails_in_mid_stream_is_an_error_event_and_aborts_the_others() -> None:
     async with world("p0", "d0") as w:
         go = asyncio.Event()
-        say(w, Script(finish=None), Script(finish=BROKEN, go=go))
+        say(w, Script(finish=None), [Script(finish=BROKEN, go=go), *GIVEN_UP])
         _, running = await begun(w, n=2, seed=SEED)
         await w.until(lambda: w.metric("tandem_delivered_tokens_total") == 5)
         go.set()
@@ -258,7 +261,7 @@ def half_read(driver: NoDriver) -> Reply:
     bell = Bell()
     reply = Reply(bell, [[5]], Metrics().tenant("a"), 0.0, None, Tracing(None).request({}))
     for index in range(2):
-        ticket = Ticket(f"r-{index}", b"", RouteAsk([5]), bell)
+        ticket = Ticket(f"r-{index}", EngineRequest([5], {}), RouteAsk([5]), bell)
         answer = Reader(vocabulary(), stops=(), chat=False, thinking=False)
         reply.add(Run(index, ticket, answer, driver, reply))  # type: ignore[arg-type]
     return reply
@@ -270,12 +273,12 @@ async def test_what_has_come_with_a_failure_goes_out_before_it(failing: int, las
     driver = NoDriver()
     reply = half_read(driver)
     fails, other = reply.runs[failing].ticket, reply.runs[1 - failing].ticket
-    fails.deliver(ids_of(last))
+    fails.deliver(1, ids_of(last))
     fails.finish(Fail(request="r", failure=Failure(kind=FailureKind.BROKEN, message="cut"), delivered=1))
-    other.deliver(ids_of("said"))
+    other.deliver(2, ids_of("said"))
     texts = {step.index: step.piece.content for step in await reply.next()}
     assert texts == {1 - failing: "said"} | ({failing: last} if last else {})
-    other.deliver(ids_of("too late"))
+    other.deliver(2, ids_of("too late"))
     with pytest.raises(ApiError):
         await reply.next()
     assert other.request in driver.gone

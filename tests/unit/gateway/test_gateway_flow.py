@@ -159,10 +159,11 @@ async def test_what_the_engine_calls_a_bad_request_is_the_clients_error() -> Non
     assert (answer.status, answer.json()["error"]["message"]) == (400, "too long")
 
 
-async def test_an_abort_in_the_middle_of_a_stream_is_an_error_event_and_no_done() -> None:
+async def test_a_stream_that_no_pair_goes_on_with_ends_with_an_error_event_and_no_done() -> None:
     async with world("p0", "d0") as w:
         abort = {"type": "abort", "message": "gone", "status_code": 500}
         go = asyncio.Event()
+        w.engines["d0"].default = Script(ids=[], finish=abort)
         w.engines["d0"].scripts.append(Script(ids=ids_of("hello you"), finish=abort, go=go))
         call = w.call("/v1/completions", {"model": "tiny", "prompt": [5], "stream": True})
         running = asyncio.create_task(call.run())
@@ -225,9 +226,10 @@ async def test_a_request_that_outlives_its_deadline_gets_504() -> None:
         assert (answer.status, answer.json()["error"]["code"]) == (504, "timeout")
 
 
-async def test_a_stream_that_stalls_ends_with_an_error_event() -> None:
-    async with world("p0", "d0", stall_timeout_s=0.05) as w:
-        w.engines["d0"].default = Script(finish=None)
+async def test_a_stream_that_stalls_everywhere_ends_with_an_error_event() -> None:
+    async with world("p0", "d0", stall_timeout_s=0.05, first_token_timeout_s=0.05) as w:
+        w.engines["d0"].scripts.append(Script(finish=None))
+        w.engines["d0"].default = Script(ids=[], finish=None)
         assert (await w.complete(stream=True)).events()[-1]["error"]["code"] == "timeout"
 
 

@@ -130,6 +130,7 @@ async def test_an_error_in_mid_stream_ends_it_as_its_api_says(path: str) -> None
     async with world("p0", "d0") as w:
         go = asyncio.Event()
         w.engines["d0"].scripts.append(Script(ids=ids_of("hm</think>hello you"), finish=BROKEN, go=go))
+        w.engines["d0"].default = Script(ids=[], finish=BROKEN)
         call = ask(w, path, stream=True)
         running = asyncio.create_task(call.run())
         await call.until_body(b"hello")

@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import uuid
-from collections.abc import Awaitable, Coroutine, Sequence
+from collections.abc import Awaitable, Coroutine
 from typing import Any, Protocol
-
-import msgspec
 
 from tandem.core.pair_events import (
     Event,
@@ -23,7 +20,7 @@ from tandem.core.pair_events import (
     LegFinished,
     LegTokens,
 )
-from tandem.core.routing import Pair, Target
+from tandem.core.routing import Target
 from tandem.core.types import Role
 from tandem.engine.client import Ended, EngineClient, EngineError, TokenStream, from_http, from_status
 from tandem.engine.http1 import HttpFailure, Response
@@ -58,31 +55,6 @@ class LegOwner(Protocol):
     def leg_over(self, leg: Leg, event: Event, seconds: float) -> None: ...
 
 
-def common_body(ids: Sequence[int], sampling: dict[str, Any], engine: dict[str, Any] | None = None) -> bytes:
-    """The part of a `/generate` body that both legs and all attempts share, made once: all but its opening brace.
-
-    `engine`: further fields of the body.
-    """
-    body = {"input_ids": ids, "sampling_params": sampling, "stream": True, **(engine or {})}
-    return msgspec.json.encode(body)[1:]
-
-
-def leg_body(pair: Pair, role: Role, room: int, common: bytes) -> tuple[str, bytes]:
-    """(request id, body) of one leg. Ids are UUIDs: SGLang aborts by prefix, so none may begin another."""
-    rid = str(uuid.uuid4())
-    head: dict[str, Any] = {
-        "rid": rid,
-        "bootstrap_host": pair.bootstrap_host,
-        "bootstrap_port": pair.bootstrap_port,
-        "bootstrap_room": room,
-    }
-    if pair.target(role).dp_size > 1:
-        head["routed_dp_rank"] = pair.target(role).dp_rank
-    if pair.prefill.dp_size > 1:
-        head["disagg_prefill_dp_rank"] = pair.prefill.dp_rank
-    return rid, msgspec.json.encode(head)[:-1] + b"," + common
-
-
 class Leg:
     """One request on one engine. It reports exactly one of LegFinished, LegFailed and LegClosed, then is over."""
 
@@ -115,6 +87,8 @@ class Leg:
         self._response: Response | None = None
         self._stream: TokenStream | None = None
         self._refusal = b""
+        self._first: int | None = None
+        """Prefill's one token."""
         self._reported = False
         self._aborting = False
         self._over = asyncio.Event()
@@ -201,13 +175,17 @@ class Leg:
         if chunk is not None:
             if chunk.ended is not None:
                 self._owner.leg_ended(self, chunk.ended)
-            if self.role is Role.DECODE and chunk.ids:
-                self.ticket.coming = chunk.logprobs
+            if self.role is Role.PREFILL:
+                if self._first is None and chunk.ids:
+                    self._first = chunk.ids[0]
+            elif chunk.ids:
+                if chunk.logprobs is not None:
+                    self.ticket.scored.setdefault(self.room, []).extend(chunk.logprobs)
                 self._owner.tell(LegTokens(room=self.room, ids=chunk.ids))
-                self.ticket.coming = None
             if chunk.ended is not None and not self._reported:
                 self._loop.call_later(DRAIN_S, response.close)
-                self._report(LegFinished(room=self.room, role=self.role, reason=chunk.ended.reason))
+                reason = chunk.ended.reason
+                self._report(LegFinished(room=self.room, role=self.role, reason=reason, first=self._first))
                 return
         if response.done and not self._reported:
             raise TokenStream.unfinished()

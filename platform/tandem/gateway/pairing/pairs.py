@@ -1,7 +1,7 @@
 """Drives the pair table: carries out its actions on real engines, and tells it what comes of them.
 
-One `PairDriver` per gateway replica, on one event loop. Each leg is a task that reads the engine's stream; the table
-decides everything else.
+One `PairDriver` per gateway replica, on one event loop. Legs read the engines' streams; the table decides everything
+else.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Callable
+
+import msgspec
 
 from tandem.core.pair_events import (
     AbortLeg,
@@ -24,6 +26,7 @@ from tandem.core.pair_events import (
     GroupUp,
     LegFailed,
     LegReleased,
+    Move,
     NeedPair,
     Opened,
     Refused,
@@ -38,10 +41,22 @@ from tandem.core.routing import NoCapacity, Router
 from tandem.core.types import Group, GroupState, Role
 from tandem.engine.client import Ended, EngineClient
 from tandem.gateway.observe.metrics import Metrics
-from tandem.gateway.pairing.legs import Leg, leg_body, outcome_of
-from tandem.gateway.pairing.ticket import Ticket
+from tandem.gateway.pairing.engine_body import leg_body
+from tandem.gateway.pairing.leaving import Leaving
+from tandem.gateway.pairing.legs import Leg, outcome_of
+from tandem.gateway.pairing.ticket import Ticket, request_fields
 
 _LOST = frozenset({GroupState.FAILED, GroupState.GONE})
+
+
+class Patience(msgspec.Struct, frozen=True, kw_only=True):
+    """How long what may take. All in seconds; see `pair_events.Submit`."""
+
+    timeout: float
+    first_token_s: float
+    stall_s: float
+    capacity_s: float = 0.0
+    hold_s: float = 0.0
 
 
 class PairDriver:
@@ -56,6 +71,8 @@ class PairDriver:
         rooms: Callable[[], int] | None = None,
     ) -> None:
         """`rooms` draws 63 random bits; the default is the system's random source."""
+        self.incarnation = secrets.token_hex(6)
+        """What the engines' request ids of this driver begin with, and of no other."""
         self.router = Router() if router is None else router
         self.table = PairTable()
         self.kv_bytes_per_token = 0
@@ -76,15 +93,26 @@ class PairDriver:
         self._timers_seen = 0
         self._idle = asyncio.Event()
         self._idle.set()
+        self._leaving = Leaving(self._move_off)
 
     # Requests
 
-    def submit(self, ticket: Ticket, *, timeout: float, first_token_s: float, stall_s: float) -> None:
-        """Put a request into the table; its news come through the ticket. Times are in seconds from now."""
+    def submit(self, ticket: Ticket, patience: Patience) -> None:
+        """Put a request into the table; its news come through the ticket."""
         self._tickets[ticket.request] = ticket
         self._idle.clear()
-        deadline = self._loop.time() + timeout
-        self.tell(Submit(request=ticket.request, deadline=deadline, first_token_s=first_token_s, stall_s=stall_s))
+        self.tell(
+            Submit(
+                request=ticket.request,
+                deadline=self._loop.time() + patience.timeout,
+                first_token_s=patience.first_token_s,
+                stall_s=patience.stall_s,
+                capacity_s=patience.capacity_s,
+                hold_s=patience.hold_s,
+                limit=ticket.limit,
+                **request_fields(ticket),
+            )
+        )
 
     def client_gone(self, ticket: Ticket) -> None:
         self.tell(ClientGone(request=ticket.request))
@@ -106,6 +134,7 @@ class PairDriver:
         self._epochs[group.group] = group.epoch
         self._versions[group.group] = group.weight_version
         self.router.put(group)
+        self._leaving.put(group)
         if group.routable:
             self.tell(GroupUp(group=group.group, epoch=group.epoch))
         elif group.state in _LOST or known != group.epoch:
@@ -116,6 +145,7 @@ class PairDriver:
     def remove_group(self, name: str) -> None:
         """A group is gone."""
         self.router.remove(name)
+        self._leaving.remove(name)
         epoch = self._epochs.pop(name, None)
         self._versions.pop(name, None)
         if epoch is not None:
@@ -134,6 +164,16 @@ class PairDriver:
                 await asyncio.wait(self.tasks, timeout=1.0)
         if self._timer is not None:
             self._timer.cancel()
+        self._leaving.close()
+
+    def _move_off(self, group: Group) -> bool:
+        """Take the streams that decode on the group to others; whether all could be."""
+        names = self.table.decoding_on(group.group, group.epoch)
+        for name in names:
+            version = self._tickets[name].weight_version if self._tickets[name].history else None
+            if self.router.shortage(version) is None:
+                self.tell(Move(request=name, group=group.group, epoch=group.epoch))
+        return not self.table.decoding_on(group.group, group.epoch)
 
     # The table
 
@@ -160,7 +200,7 @@ class PairDriver:
         if ticket.prefilled is not None:
             self._metrics.kv_transferred(now - ticket.prefilled, len(ticket.prompt) * self.kv_bytes_per_token)
             ticket.prefilled = None
-        ticket.deliver(action.ids)
+        ticket.deliver(action.room, action.ids)
 
     def _do(self, action: Action, now: float) -> Event | None:
         match action:
@@ -182,28 +222,39 @@ class PairDriver:
 
     def _choose(self, need: NeedPair) -> Event:
         ticket = self._tickets[need.request]
-        ticket.attempts = need.attempt
-        if need.attempt > 1:
-            self._metrics.retries.inc()
-            if ticket.trace is not None:
-                ticket.trace.event("retry")
-        pair = self.router.choose(ticket.ask, avoid=need.avoid, now=self._loop.time())
+        if need.attempt > ticket.attempts:
+            ticket.attempts = need.attempt
+            if need.attempt > 1:
+                self._note_retry(ticket, need)
+        pair = self.router.choose(ticket.ask, avoid=need.avoid, version=need.version, now=self._loop.time())
         if isinstance(pair, NoCapacity):
             failure = Failure(kind=FailureKind.NO_CAPACITY, message=pair.reason, retry_after=pair.retry_after)
-            return Refused(request=need.request, failure=failure)
+            return Refused(request=need.request, failure=failure, coming=pair.coming)
         room = 0
         while not room or self.table.has_room(room):
             room = room_number(self._draw(), dp_size=pair.prefill.dp_size, dp_rank=pair.prefill.dp_rank)
         ticket.pair = pair
+        ticket.ended = None
         ticket.weight_version = self._versions.get(pair.decode.group, "")
-        return Opened(request=need.request, room=room, pair=pair)
+        return Opened(request=need.request, room=room, pair=pair, version=ticket.weight_version)
+
+    def _note_retry(self, ticket: Ticket, need: NeedPair) -> None:
+        """An attempt beyond the first: a migration, if the client has tokens."""
+        self._metrics.retries.inc()
+        if ticket.history:
+            ticket.migrations += 1
+            self._metrics.migrated(need.why)
+        if ticket.trace is not None:
+            ticket.trace.event("migration" if ticket.history else "retry")
 
     def _send(self, send: SendLeg) -> None:
         ticket = self._tickets[send.request]
         target = send.pair.target(send.role)
         uncached = send.pair.choice.uncached_tokens if send.pair.choice is not None else None
-        self.router.open(send.room, target, len(ticket.prompt), uncached=uncached, now=self._loop.time())
-        rid, body = leg_body(send.pair, send.role, send.room, ticket.common)
+        known = len(ticket.prompt) + len(ticket.history)
+        self.router.open(send.room, target, known, uncached=uncached, now=self._loop.time())
+        common = ticket.asked.common(ticket.history)
+        rid, body = leg_body(send.pair, send.role, send.room, common, self.incarnation)
         trace = None
         if ticket.trace is not None:
             trace = ticket.trace.leg(
@@ -227,8 +278,10 @@ class PairDriver:
         """The engine is done with the leg; noted before the table hears of it."""
         ticket = leg.ticket
         if leg.role is Role.PREFILL:
-            # Prefill is where a prefix is found; decode gets the whole KV either way.
-            ticket.cached_tokens = ended.cached_tokens
+            # Prefill is where a prefix is found; decode gets the whole KV either way. What a further pair finds is its
+            # own affair: the client pays for one.
+            if not ticket.history:
+                ticket.cached_tokens = ended.cached_tokens
             ticket.prefilled = self._loop.time()
             self.router.prefilled(leg.room, cached=ended.cached_tokens, now=ticket.prefilled)
             if ticket.pair is not None and ticket.pair.choice is not None:
