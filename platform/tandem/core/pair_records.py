@@ -82,6 +82,11 @@ class Room:
         """Both legs are over."""
         return all(state is LegState.CLOSED for state in self.legs.values())
 
+    def decodes_on(self, group: str, epoch: int) -> bool:
+        """Whether its decode leg runs there."""
+        decode = self.pair.decode
+        return (decode.group, decode.epoch) == (group, epoch) and self.legs[Role.DECODE] is not LegState.CLOSED
+
     def abort(self, reason: str) -> list[Action]:
         """End what still runs of it, on both sides."""
         return [action for role in Role for action in self.abort_leg(role, reason, notify=True)]

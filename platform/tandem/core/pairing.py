@@ -119,12 +119,11 @@ class PairTable:
 
     def decoding_on(self, group: str, epoch: int) -> list[str]:
         """The requests whose present room decodes there: what `Move` would move."""
-        found = []
-        for request in self._requests.values():
-            room = request.room
-            if room is not None and (room.pair.decode.group, room.pair.decode.epoch) == (group, epoch):
-                found.append(request.name)
-        return found
+        return [
+            request.name
+            for request in self._requests.values()
+            if request.room is not None and request.room.decodes_on(group, epoch)
+        ]
 
     def next_deadline(self) -> float | None:
         """When `Tick` is due at the latest; None = nothing waits."""
@@ -197,9 +196,7 @@ class PairTable:
     def _move(self, event: Move, now: float) -> list[Action]:
         request = self._requests.get(event.request)
         room = None if request is None else request.room
-        if request is None or room is None or room.legs[Role.DECODE] is LegState.CLOSED:
-            return []
-        if (room.pair.decode.group, room.pair.decode.epoch) != (event.group, event.epoch):
+        if request is None or room is None or not room.decodes_on(event.group, event.epoch):
             return []
         request.room = None
         request.attempt += 1

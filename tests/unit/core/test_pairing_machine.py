@@ -27,6 +27,7 @@ from tandem.core.pair_events import (
     LegFinished,
     LegReleased,
     LegTokens,
+    Move,
     NeedPair,
     Opened,
     Refused,
@@ -36,16 +37,19 @@ from tandem.core.pair_events import (
     Submit,
     Tick,
 )
+from tandem.core.pair_records import Retries
 from tandem.core.pairing import PairTable
 from tandem.core.routing import Pair, Target
 from tandem.core.types import Role
 
-ATTEMPTS = 3
+RETRIES = Retries(losses=3, tries=5, most=12, delay_s=0.5, delay_most_s=1)
+FIRST_TOKEN_S, STALL_S, CAPACITY_S, HOLD_S, TOTAL_S = 4.0, 2.0, 3.0, 1.0, 20.0
+LIMIT = 12
 roles = st.sampled_from(Role)
 picks = st.integers(0, 10**6)
 prefills = st.sampled_from(["p0", "p1"])
 decodes = st.sampled_from(["d0", "d1"])
-FAILURES = [FailureKind.UNREACHABLE, FailureKind.ABORTED, FailureKind.BAD_REQUEST]
+FAILURES = [FailureKind.UNREACHABLE, FailureKind.BROKEN, FailureKind.ABORTED, FailureKind.BAD_REQUEST]
 kinds = st.sampled_from(FAILURES)
 
 
@@ -54,13 +58,17 @@ class Pairs(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.table = PairTable(max_attempts=ATTEMPTS, linger_s=1)
+        self.table = PairTable(retries=RETRIES, linger_s=1)
         self.now = 0.0
         self.names = itertools.count()
         self.room_numbers = itertools.count(1)
         self.epochs = dict.fromkeys(("p0", "p1", "d0", "d1"), 1)
         self.down: set[str] = set()
         self.waiting: dict[str, NeedPair] = {}
+        self.since: dict[str, float] = {}
+        """Since when there is no pair for a request."""
+        self.parked: dict[str, float] = {}
+        """Until when they wait for a group."""
         self.running: dict[tuple[int, Role], Target] = {}
         self.aborting: set[tuple[int, Role]] = set()
         self.open_rooms: set[int] = set()
@@ -68,8 +76,13 @@ class Pairs(RuleBasedStateMachine):
         self.deadlines: dict[str, float] = {}
         self.must_move_by: dict[str, float] = {}
         self.live: set[str] = set()
-        self.delivered: dict[str, list[int]] = {}
+        self.attempts: dict[str, int] = {}
+        self.delivered: dict[str, list[tuple[int, int]]] = {}
+        """(room, token) of each request."""
         self.produced: dict[int, list[int]] = {}
+        self.versions: dict[int, str] = {}
+        self.rested: dict[str, float] = {}
+        """Since when they wait for their next try."""
         self.serial = itertools.count()
         for name, epoch in self.epochs.items():
             self.tell(GroupUp(group=name, epoch=epoch))
@@ -77,12 +90,15 @@ class Pairs(RuleBasedStateMachine):
     def tell(self, event: Event) -> None:
         for action in self.table.handle(event, self.now):
             match action:
-                case NeedPair(request=request, attempt=attempt):
+                case NeedPair(request=request, attempt=attempt, version=version):
                     assert request in self.live
-                    assert attempt <= ATTEMPTS
-                    assert not self.delivered[request], "a request was retried after its client had tokens"
+                    assert self.attempts.get(request, 0) <= attempt <= RETRIES.most
+                    self.attempts[request] = attempt
+                    shown = self.delivered[request]
+                    assert version == (self.versions[shown[-1][0]] if shown else None), "versions would be mixed"
                     self.waiting[request] = action
-                    self.must_move_by[request] = self.deadlines.setdefault(request, self.now + 20)
+                    self.parked.pop(request, None)
+                    self.must_move_by[request] = self.deadlines.setdefault(request, self.now + TOTAL_S)
                 case SendLeg(request=request, room=room, role=role, pair=pair):
                     target = pair.target(role)
                     assert target.epoch == self.epochs[target.group], "sent to an old epoch"
@@ -91,7 +107,8 @@ class Pairs(RuleBasedStateMachine):
                     self.running[room, role] = target
                     self.open_rooms.add(room)
                     self.room_of[request] = room
-                    self.must_move_by[request] = min(self.now + 4, self.deadlines[request])
+                    self.since.pop(request, None)
+                    self.must_move_by[request] = min(self.now + FIRST_TOKEN_S, self.deadlines[request])
                 case AbortLeg(room=room, role=role):
                     assert (room, role) in self.running, "aborted a leg that does not run"
                     assert (room, role) not in self.aborting, "aborted a leg twice"
@@ -99,17 +116,31 @@ class Pairs(RuleBasedStateMachine):
                 case Deliver(request=request, room=room, ids=ids):
                     assert request in self.live, "a token after the end"
                     assert room == self.room_of[request], "a token of another attempt"
-                    self.delivered[request] += ids
-                    self.must_move_by[request] = min(self.now + 2, self.deadlines[request])
-                case Finish(request=request) | Fail(request=request):
-                    assert request in self.live, "a request ended twice"
-                    self.live.remove(request)
-                    self.waiting.pop(request, None)
+                    self.delivered[request] += [(room, token) for token in ids]
+                    self.must_move_by[request] = min(self.now + STALL_S, self.deadlines[request])
+                case Finish(request=request):
+                    self.ended(request)
+                    short = action.reason == "length" and len(self.delivered[request]) >= LIMIT
+                    if not short and not isinstance(event, Satisfied):
+                        assert self.delivered[request] == self.whole(request), "a token was lost"
+                case Fail(request=request):
+                    self.ended(request)
                 case LegReleased(room=room, role=role):
                     del self.running[room, role]
                     self.aborting.discard((room, role))
                 case RoomClosed(room=room):
                     self.open_rooms.remove(room)
+
+    def ended(self, request: str) -> None:
+        assert request in self.live, "a request ended twice"
+        self.live.remove(request)
+        self.waiting.pop(request, None)
+        self.parked.pop(request, None)
+
+    def whole(self, request: str) -> list[tuple[int, int]]:
+        """What its client has to have: of each room what was shown, of the last all."""
+        shown, last = self.delivered[request], self.room_of[request]
+        return [one for one in shown if one[0] != last] + [(last, token) for token in self.produced[last]]
 
     def some_room(self, pick: int) -> int:
         """Mostly a room that is open, now and then one that is over or never was."""
@@ -127,7 +158,18 @@ class Pairs(RuleBasedStateMachine):
         name = f"r{next(self.names)}"
         self.live.add(name)
         self.delivered[name] = []
-        self.tell(Submit(request=name, deadline=self.now + 20, first_token_s=4, stall_s=2))
+        hold = HOLD_S if next(self.serial) % 2 else 0.0
+        self.tell(
+            Submit(
+                request=name,
+                deadline=self.now + TOTAL_S,
+                first_token_s=FIRST_TOKEN_S,
+                stall_s=STALL_S,
+                capacity_s=CAPACITY_S,
+                hold_s=hold,
+                limit=LIMIT,
+            )
+        )
 
     @precondition(lambda self: self.waiting)
     @rule(prefill=prefills, decode=decodes, stale=st.sampled_from([0, 0, 0, 1]))
@@ -137,7 +179,7 @@ class Pairs(RuleBasedStateMachine):
     def open(self, prefill: str, decode: str, stale: int) -> None:
         """The caller's view may be a little old: the table must know better."""
         request = next(iter(self.waiting))
-        del self.waiting[request]
+        version = self.waiting.pop(request).version
         prefill_target, decode_target = (
             Target(role=role, group=name, epoch=self.epochs[name] - stale, dp_rank=0, dp_size=1, url="")
             for role, name in ((Role.PREFILL, prefill), (Role.DECODE, decode))
@@ -145,13 +187,21 @@ class Pairs(RuleBasedStateMachine):
         room = next(self.room_numbers)
         self.produced[room] = []
         pair = Pair(prefill=prefill_target, decode=decode_target, bootstrap_host="", bootstrap_port=0)
-        self.tell(Opened(request=request, room=room, pair=pair))
+        self.versions[room] = version or ("v1" if room % 3 else "v2")
+        self.tell(Opened(request=request, room=room, pair=pair, version=self.versions[room]))
 
-    @precondition(lambda self: len(self.waiting) > 2)
-    @rule()
-    def refuse(self) -> None:
+    @precondition(lambda self: self.waiting)
+    @rule(coming=st.booleans())
+    def refuse(self, coming: bool) -> None:
         request = next(iter(self.waiting))
-        self.tell(Refused(request=request, failure=Failure(kind=FailureKind.NO_CAPACITY, message="")))
+        del self.waiting[request]
+        since = self.since.setdefault(request, self.now)
+        until = self.deadlines[request] if self.delivered[request] else since + CAPACITY_S
+        if coming:
+            self.parked[request] = self.must_move_by[request] = min(until, self.deadlines[request])
+        failure = Failure(kind=FailureKind.NO_CAPACITY, message="")
+        self.tell(Refused(request=request, failure=failure, coming=coming))
+        assert (request in self.live) == (coming and self.now < min(until, self.deadlines[request]))
 
     @precondition(lambda self: self.open_rooms)
     @rule(pick=picks, role=roles)
@@ -163,13 +213,20 @@ class Pairs(RuleBasedStateMachine):
     def produce(self, pick: int, count: int) -> None:
         room = self.some_room(pick)
         ids = [next(self.serial) for _ in range(count)]
-        self.produced.setdefault(room, []).extend(ids)
+        if (room, Role.DECODE) in self.running:
+            self.produced[room] += ids
+        for request, latest in self.room_of.items():
+            if latest == room and request in self.live and (room, Role.DECODE) in self.running.keys() - self.aborting:
+                # Whether they are shown, or held for a while.
+                self.must_move_by[request] = min(self.now + max(STALL_S, HOLD_S), self.deadlines[request])
         self.tell(LegTokens(room=room, ids=ids))
 
     @precondition(lambda self: self.open_rooms)
     @rule(pick=picks, role=roles)
     def finish(self, pick: int, role: Role) -> None:
-        self.tell(LegFinished(room=self.some_room(pick), role=role, reason="stop"))
+        room = self.some_room(pick)
+        first = next(iter(self.produced.get(room, ())), None) if role is Role.PREFILL and pick % 5 else pick
+        self.tell(LegFinished(room=room, role=role, reason="stop", first=first))
 
     @precondition(lambda self: self.open_rooms)
     @rule(pick=picks, role=roles, kind=kinds)
@@ -195,6 +252,14 @@ class Pairs(RuleBasedStateMachine):
         self.down.discard(name)
         self.tell(GroupUp(group=name, epoch=self.epochs[name]))
 
+    @precondition(lambda self: self.open_rooms)
+    @rule(name=decodes)
+    def leave(self, name: str) -> None:
+        """The group drains: what decodes there goes elsewhere."""
+        for request in self.table.decoding_on(name, self.epochs[name]):
+            self.tell(Move(request=request, group=name, epoch=self.epochs[name]))
+        assert self.table.decoding_on(name, self.epochs[name]) == []
+
     @precondition(lambda self: len(self.live) > 2)
     @rule(pick=picks, why=st.sampled_from([ClientGone, Satisfied]))
     def end(self, pick: int, why: type[ClientGone] | type[Satisfied]) -> None:
@@ -206,7 +271,18 @@ class Pairs(RuleBasedStateMachine):
         self.tell(Tick())
         due = self.table.next_deadline()
         assert due is None or due > self.now
-        assert all(self.now < self.must_move_by[request] for request in self.live), "a request outlived its time"
+        for request in self.live:
+            if self.rests(request):
+                assert self.now - self.rested.setdefault(request, self.now) <= RETRIES.delay_most_s + seconds
+            else:
+                self.rested.pop(request, None)
+                assert self.now < self.must_move_by[request], "a request outlived its time"
+
+    def rests(self, request: str) -> bool:
+        """Whether it waits for its next try: nothing is asked, and nothing runs for it."""
+        room = self.room_of.get(request)
+        runs = any((room, role) in self.running.keys() - self.aborting for role in Role)
+        return not runs and request not in self.waiting and request not in self.parked
 
     @invariant()
     def the_table_knows_what_the_world_knows(self) -> None:
@@ -220,10 +296,13 @@ class Pairs(RuleBasedStateMachine):
             assert not lost or key in self.aborting
 
     @invariant()
-    def every_client_has_the_beginning_of_one_rooms_stream(self) -> None:
-        for request, tokens in self.delivered.items():
-            if tokens:
-                assert tokens == self.produced[self.room_of[request]][: len(tokens)]
+    def every_client_has_beginnings_of_its_rooms_streams_one_behind_the_other(self) -> None:
+        for tokens in self.delivered.values():
+            for room, run in itertools.groupby(tokens, key=lambda one: one[0]):
+                said = [token for _, token in run]
+                assert said == self.produced[room][: len(said)], "a token was lost, doubled or moved"
+            assert len({room for room, _ in tokens}) == len(list(itertools.groupby(tokens, key=lambda one: one[0])))
+            assert len({self.versions[room] for room, _ in tokens}) <= 1, "versions are mixed"
 
     def step(self, name: str, dice: random.Random) -> None:
         """One step of a random walk: the rule of this name, if its time has come."""
@@ -235,7 +314,9 @@ class Pairs(RuleBasedStateMachine):
             case "route" if self.waiting:
                 self.route(prefill, decode, int(dice.random() < 0.1))
             case "refuse" if self.waiting:
-                self.refuse()
+                self.refuse(dice.random() < 0.7)
+            case "leave":
+                self.leave(decode)
             case "accept":
                 self.accept(pick, role)
             case "produce":
@@ -276,7 +357,7 @@ WALKS = 250
 STEPS = 60
 WEIGHTS = {
     "submit": 4, "route": 4, "refuse": 1, "accept": 1, "produce": 8, "finish": 4, "fail": 3, "close": 5, "lose": 1,
-    "restart": 2, "end": 1, "wait": 4,
+    "leave": 1, "restart": 2, "end": 1, "wait": 4,
 }  # fmt: skip
 
 
@@ -290,5 +371,5 @@ def test_long_random_walks_keep_the_same_promises(batch: int) -> None:
             world.step(rule_name, dice)
             world.the_table_knows_what_the_world_knows()
             world.nothing_runs_on_where_nothing_runs()
-            world.every_client_has_the_beginning_of_one_rooms_stream()
+            world.every_client_has_beginnings_of_its_rooms_streams_one_behind_the_other()
         world.teardown()
