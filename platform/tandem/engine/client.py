@@ -64,6 +64,8 @@ class TokenChunk(msgspec.Struct, frozen=True, kw_only=True):
     ended: Ended | None = None
     logprobs: list[Logprob] | None = None
     """One for each token, if the request asked for them."""
+    failure: Failure | None = None
+    """The stream failed behind these tokens: nothing more comes."""
 
 
 _Scored = tuple[float | None, int, str | None]
@@ -116,12 +118,15 @@ class TokenStream:
         self._sse = SseParser()
         self._seen = 0
         self._over = False
+        self._failed: Failure | None = None
 
     def __aiter__(self) -> TokenStream:
         return self
 
     async def __anext__(self) -> TokenChunk:
         while not self._over:
+            if self._failed is not None:
+                raise EngineError(self._failed.kind, self._failed.message)
             try:
                 data = await self._response.chunk(self._stall_s)
             except HttpFailure as error:
@@ -130,6 +135,7 @@ class TokenStream:
                 raise self.unfinished()
             chunk = self.feed(data)
             if chunk is not None:
+                self._failed = chunk.failure
                 return chunk
         raise StopAsyncIteration
 
@@ -168,21 +174,14 @@ class TokenStream:
         fresh: list[int] = []
         logprobs: list[Logprob] | None = None
         for event in events:
-            if event == b"[DONE]":
-                raise self.unfinished()
             try:
-                chunk = _chunk_decoder.decode(event)
-            except msgspec.MsgspecError as error:
-                raise EngineError(FailureKind.BROKEN, f"the engine's stream makes no sense: {error}") from error
-            if chunk.error is not None:
-                raise _from_error(chunk.error)
-            meta = chunk.meta_info
-            if meta is None:
-                raise EngineError(FailureKind.BROKEN, "the engine's stream has an event without meta_info")
+                meta, new = self._read(event)
+            except EngineError as error:
+                if not fresh:
+                    raise
+                # What came before is as good as if it had come alone.
+                return TokenChunk(ids=fresh, logprobs=logprobs, failure=error.failure)
             finish = meta.finish_reason
-            if finish is not None and finish.get("type") == "abort":
-                raise _from_abort(finish)
-            new = self._new_ids(chunk.output_ids or [], meta.completion_tokens)
             fresh += new
             if meta.output_token_logprobs is not None or logprobs is not None:
                 logprobs = (logprobs or []) + _logprobs(meta, new)
@@ -190,6 +189,24 @@ class TokenStream:
                 self._over = True
                 return TokenChunk(ids=fresh, ended=_ended(finish, meta), logprobs=logprobs)
         return TokenChunk(ids=fresh, logprobs=logprobs) if fresh else None
+
+    def _read(self, event: bytes) -> tuple[_Meta, list[int]]:
+        """What one event says, and the tokens that are new with it."""
+        if event == b"[DONE]":
+            raise self.unfinished()
+        try:
+            chunk = _chunk_decoder.decode(event)
+        except msgspec.MsgspecError as error:
+            raise EngineError(FailureKind.BROKEN, f"the engine's stream makes no sense: {error}") from error
+        if chunk.error is not None:
+            raise _from_error(chunk.error)
+        meta = chunk.meta_info
+        if meta is None:
+            raise EngineError(FailureKind.BROKEN, "the engine's stream has an event without meta_info")
+        finish = meta.finish_reason
+        if finish is not None and finish.get("type") == "abort":
+            raise _from_abort(finish)
+        return meta, self._new_ids(chunk.output_ids or [], meta.completion_tokens)
 
     def _new_ids(self, ids: list[int], total: int) -> list[int]:
         new = total - self._seen

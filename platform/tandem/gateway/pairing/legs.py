@@ -182,6 +182,9 @@ class Leg:
                 if chunk.logprobs is not None:
                     self.ticket.scored.setdefault(self.room, []).extend(chunk.logprobs)
                 self._owner.tell(LegTokens(room=self.room, ids=chunk.ids))
+            if chunk.failure is not None:
+                self._fail(chunk.failure)
+                return
             if chunk.ended is not None and not self._reported:
                 self._loop.call_later(DRAIN_S, response.close)
                 reason = chunk.ended.reason
