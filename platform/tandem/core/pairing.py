@@ -252,6 +252,9 @@ class PairTable:
             if room.at_odds:
                 return actions + self._bad_kv(room, request, now)
             return actions if room.held is None else actions + self._release(room, request, now)
+        if not room.produced:
+            failure = Failure(kind=FailureKind.BROKEN, message="decode ended without a token")
+            return actions + self._fate(room, Role.DECODE, failure, now)
         if room.held is not None:
             # All of the answer is there, but prefill has not said yet that it is good.
             room.reason = event.reason
