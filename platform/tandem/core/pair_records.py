@@ -135,6 +135,11 @@ class Request:
         self.parked_at: float | None = None
         """Since when there is no pair for it."""
 
+    @property
+    def complete(self) -> bool:
+        """Its client has all tokens that it may have."""
+        return 0 < self.submit.limit <= self.delivered
+
     def gives_up_at(self) -> float:
         """Until when it waits for a pair that there is not."""
         if self.delivered or self.parked_at is None:

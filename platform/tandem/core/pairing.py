@@ -136,6 +136,8 @@ class PairTable:
         if event.request in self._requests:
             raise ValueError(f"request {event.request} is already in the table")
         request = self._requests[event.request] = Request(event, now)
+        if request.complete:
+            return [self._finish(request, "length")]
         self._arm(request)
         return [self._need_pair(request)]
 
@@ -403,7 +405,7 @@ class PairTable:
 
     def _again(self, request: Request, avoid: frozenset[str], failure: Failure, now: float) -> list[Action]:
         """A fresh attempt if the request may have one, else its end."""
-        if 0 < request.submit.limit <= request.delivered:
+        if request.complete:
             # Only the word of its end was lost.
             return [self._finish(request, "length")]
         request.attempt += 1

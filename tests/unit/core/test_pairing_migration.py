@@ -127,6 +127,11 @@ def test_an_answer_that_another_gateway_began_asks_for_its_weights() -> None:
     assert the(NeedPair, table.handle(submit, 0)).version == "v1"
 
 
+def test_one_that_lacks_no_token_needs_no_pair() -> None:
+    submit = Submit(request="r", deadline=9, first_token_s=9, stall_s=9, delivered=3, limit=3, version="v1")
+    assert PairTable().handle(submit, 0) == [Finish(request="r", reason="length")]
+
+
 # Capacity
 
 
