@@ -24,7 +24,20 @@ def load_config(path: Path) -> FleetConfig:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 text: byte {error.start} cannot be read") from error
-    return parse_config(text, str(path))
+    return _found_from(path.absolute().parent, parse_config(text, str(path)))
+
+
+def _found_from(folder: Path, config: FleetConfig) -> FleetConfig:
+    """The same, its certificates being where they are seen from `folder`: the gateway's process may run elsewhere."""
+    found: dict[str, BaseModel] = {}
+    if (tls := config.gateway.tls) is not None:
+        files = {"certificate": folder / tls.certificate, "key": folder / tls.key}
+        if tls.client_ca is not None:
+            files["client_ca"] = folder / tls.client_ca
+        found["gateway"] = config.gateway.model_copy(update={"tls": tls.model_copy(update=files)})
+    if config.oidc is not None and config.oidc.ca is not None:
+        found["oidc"] = config.oidc.model_copy(update={"ca": folder / config.oidc.ca})
+    return config.model_copy(update=found)
 
 
 def parse_config(text: str, source: str) -> FleetConfig:

@@ -7,13 +7,16 @@ import contextlib
 import json
 import resource
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-from hostile_stage import MODEL
+from hostile_stage import MODEL, Stage
 
 Address = tuple[str, int]
+Ask = Callable[[], Awaitable[None]]
 NEIGHBOURS = 4
+WORST_S = 2.0
+"""A neighbour's request takes a third of a second; what is above this is not the machine's noise."""
 
 
 def request(path: str = "/v1/completions", **fields: Any) -> bytes:
@@ -55,11 +58,11 @@ class Neighbours:
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
-    async def ask(self, address: Address) -> None:
+    async def ask(self, once: Ask) -> None:
         loop = asyncio.get_running_loop()
         while True:
             began = loop.time()
-            assert await status_of(address, request(), 10) == 200
+            await once()
             self.seconds.append(loop.time() - began)
             await asyncio.sleep(0.02)
 
@@ -73,11 +76,18 @@ class Neighbours:
 
 
 @contextlib.asynccontextmanager
-async def neighbours(address: Address) -> AsyncIterator[Neighbours]:
-    """A few ordinary clients for as long as the block lasts; every request of theirs must be answered well."""
+async def neighbours(address: Address, once: Ask | None = None) -> AsyncIterator[Neighbours]:
+    """A few ordinary clients for as long as the block lasts; every request of theirs must be answered well.
+
+    `once` is what they do again and again, if it is not a request over HTTP; it raises if that is not answered so.
+    """
     found = Neighbours()
+
+    async def over_http() -> None:
+        assert await status_of(address, request(), 10) == 200
+
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(found.ask(address)) for _ in range(NEIGHBOURS)]
+        tasks = [group.create_task(found.ask(once or over_http)) for _ in range(NEIGHBOURS)]
         yield found
         while len(found.seconds) < NEIGHBOURS:
             await asyncio.sleep(0.01)
@@ -107,3 +117,29 @@ async def connections(address: Address, number: int, *, at_once: int = 500, wind
             count = min(at_once, number - first)
             await asyncio.gather(*(connect(f"127.0.0.{2 + (first + n) % 8}") for n in range(count)))
     return found
+
+
+async def until_quiet(stage: Stage, within: float = 15.0) -> None:
+    await asyncio.to_thread(stage.quiet, within)
+
+
+class Peak:
+    """The most memory that the gateway takes while the block lasts, in MiB above what it had."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+        self._before = stage.memory()
+        self.above = 0.0
+
+    async def watch(self) -> None:
+        while True:
+            self.above = max(self.above, self._stage.memory() - self._before)
+            await asyncio.sleep(0.02)
+
+    async def __aenter__(self) -> Peak:
+        self._task = asyncio.create_task(self.watch())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.above = max(self.above, self._stage.memory() - self._before)
+        self._task.cancel()

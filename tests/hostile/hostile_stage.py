@@ -24,6 +24,8 @@ SCALE = float(os.environ.get("TANDEM_HOSTILE_SECONDS", "20")) / 20
 _FAULTS = ("Traceback", "ERROR", "CRITICAL", "Exception", "never awaited", "Task was destroyed")
 """What the log of a gateway that nothing is wrong with does not have."""
 _LOADS = {"rooms", "tokens"}
+_FAULTY = ("unlike", "reused")
+"""Totals of the workers that never fall, and that nothing right adds to."""
 
 
 def examples(number: int) -> int:
@@ -39,12 +41,20 @@ class Stage:
         self.url: str = told["url"]
         self.grpc: str = told["grpc"]
         self.address = _address(self.url)
+        self.grpc_address = _address(f"http://{self.grpc}")
         self.process = psutil.Process(gateway.pid)
         self._gateway = gateway
         self._workers = workers
         self._worker = _address(urls["prefill"][0])
         self._log = log
         self._read = 0
+        self._before: dict[str, int] = dict.fromkeys(_FAULTY, 0)
+
+    def begin(self) -> None:
+        """A test begins: what was wrong before it is not its fault."""
+        self.faults()
+        totals = self.totals()
+        self._before = {name: totals[name] for name in _FAULTY}
 
     def ask(self, method: str, path: str, body: bytes | None = None, within: float = 10.0) -> tuple[int, bytes]:
         """(status, body) of one request on a connection of its own. The deadline is for each wait."""
@@ -65,7 +75,8 @@ class Stage:
         fleet = json.loads(self.ask("GET", "/fleet")[1])["gateway"]
         totals = self.totals()
         found = {name: fleet[name] for name in ("open_requests", "open_rooms")}
-        found |= {name: totals[name] for name in ("running", "waiting", "unlike", "reused")}
+        found |= {name: totals[name] for name in ("running", "waiting")}
+        found |= {name: totals[name] - before for name, before in self._before.items()}
         for load in fleet["loads"]:
             found |= {f"{load['group']} {name}": load[name] for name in _LOADS}
         return {name: value for name, value in found.items() if value}

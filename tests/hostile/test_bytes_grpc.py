@@ -9,6 +9,7 @@ from typing import cast
 
 import grpc
 import pytest
+from hostile_http2 import CALL, GENERATE, PREFACE, STREAM, frame, headers
 from hostile_stage import MODEL, Stage, examples
 from hostile_wire import shout, talk
 from hypothesis import HealthCheck, given, settings
@@ -17,7 +18,6 @@ from hypothesis import strategies as st
 from tandem.v1 import inference_pb2 as pb
 
 WITHIN_S = 10.0
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 PATHS = {
     f"/tandem.v1.Inference/{name}": kind
     for name, kind in (
@@ -36,39 +36,6 @@ OURS = {
 """Statuses that put the blame on the server."""
 
 
-def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-    return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
-
-
-def text(value: bytes) -> bytes:
-    """A string of HPACK, not compressed."""
-    assert len(value) < 127
-    return bytes([len(value)]) + value
-
-
-def headers(path: bytes, *more: tuple[bytes, bytes]) -> bytes:
-    """A header block: no table, no compression."""
-    named = [
-        (b":method", b"POST"), (b":scheme", b"http"), (b":path", path), (b":authority", b"x"), (b"te", b"trailers"),
-        (b"content-type", b"application/grpc"), *more,
-    ]  # fmt: skip
-    return b"".join(b"\x00" + text(name) + text(value) for name, value in named)
-
-
-def message(request: object) -> bytes:
-    data: bytes = request.SerializeToString()  # type: ignore[attr-defined]
-    return b"\0" + struct.pack(">I", len(data)) + data
-
-
-GENERATE = pb.GenerateOnceRequest(model=MODEL, prompt=pb.Prompt(text="hi"))
-GENERATE.options.max_tokens = 2
-CALL = [
-    PREFACE,
-    frame(4, 0, 0, b""),
-    frame(1, 4, 1, headers(b"/tandem.v1.Inference/GenerateOnce")),
-    frame(0, 1, 1, message(GENERATE)),
-]
-STREAM = [*CALL[:2], frame(1, 4, 1, headers(b"/tandem.v1.Inference/Generate")), CALL[3]]
 FRAMES = st.builds(
     frame,
     st.integers(0, 12),
@@ -104,11 +71,6 @@ def conversations(draw: st.DrawFn) -> list[bytes]:
     return frames
 
 
-def grpc_address(gateway: Stage) -> tuple[str, int]:
-    host, _, port = gateway.grpc.rpartition(":")
-    return host, int(port)
-
-
 @pytest.fixture
 def channel(gateway: Stage) -> Iterator[grpc.Channel]:
     with grpc.insecure_channel(gateway.grpc, options=[("grpc.use_local_subchannel_pool", 1)]) as made:
@@ -129,13 +91,13 @@ def generate(channel: grpc.Channel) -> pb.GenerateOnceResponse:
 
 def test_frames_written_by_hand_make_a_call(gateway: Stage) -> None:
     """Or else the mutations of them would prove little."""
-    answer, _ = talk(grpc_address(gateway), CALL, 1.0)
+    answer, _ = talk(gateway.grpc_address, CALL, 1.0)
     assert b"cmpl-" in answer
 
 
 def test_a_path_that_is_not_utf8_ends_no_server(gateway: Stage, channel: grpc.Channel) -> None:
     """The loop of grpcio's asyncio server decodes it, and the error there ends the whole server."""
-    talk(grpc_address(gateway), [*CALL[:2], frame(1, 5, 1, headers(b"/\xff"))], 0.5)
+    talk(gateway.grpc_address, [*CALL[:2], frame(1, 5, 1, headers(b"/\xff"))], 0.5)
     assert generate(channel).usage.completion_tokens == 2
 
 
@@ -149,14 +111,14 @@ def test_an_unknown_method_is_unimplemented(channel: grpc.Channel) -> None:
 @given(said=st.lists(conversations(), min_size=1, max_size=16))
 @settings(max_examples=examples(60), suppress_health_check=list(HealthCheck), database=None)
 def test_mutated_frames_break_nothing(gateway: Stage, channel: grpc.Channel, said: list[list[bytes]]) -> None:
-    shout(grpc_address(gateway), said, 0.05)
+    shout(gateway.grpc_address, said, 0.05)
     generate(channel)
 
 
 @given(said=st.lists(st.lists(st.binary(min_size=1, max_size=300), max_size=3), min_size=1, max_size=16))
 @settings(max_examples=examples(20), suppress_health_check=list(HealthCheck), database=None)
 def test_random_bytes_break_nothing(gateway: Stage, channel: grpc.Channel, said: list[list[bytes]]) -> None:
-    shout(grpc_address(gateway), [[*one, *([PREFACE] if n % 2 else [])] for n, one in enumerate(said)], 0.03)
+    shout(gateway.grpc_address, [[*one, *([PREFACE] if n % 2 else [])] for n, one in enumerate(said)], 0.03)
     generate(channel)
 
 

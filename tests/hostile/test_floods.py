@@ -10,65 +10,10 @@ import time
 from collections.abc import Callable
 
 import pytest
-from hostile_crowd import allow_files, connections, neighbours, request, status_of
+from hostile_crowd import WORST_S, Peak, connections, neighbours, request, status_of, until_quiet
 from hostile_stage import MODEL, Stage
 
 MIB = 2**20
-WORST_S = 2.0
-"""A neighbour's request takes a third of a second; what is above this is not the machine's noise."""
-BACK_MIB = 48.0
-"""A gateway may be so much larger after a flood than before it: the allocator's leftovers, but no leak."""
-FILES = 64
-"""So many more descriptors may be open: idle connections to the workers are kept."""
-
-
-@pytest.fixture(autouse=True)
-def _many_files() -> None:
-    allow_files()
-
-
-@pytest.fixture
-def flat(flooded: Stage) -> Callable[..., None]:
-    """Call it when all is over: the gateway is as it was before the test, but for `slack` MiB."""
-    memory, files = flooded.memory(), flooded.files()
-
-    def check(slack: float = BACK_MIB) -> None:
-        end = time.monotonic() + 10
-        while (flooded.files() - files > FILES or flooded.memory() - memory >= slack) and time.monotonic() < end:
-            time.sleep(0.05)
-        grown = flooded.memory() - memory
-        print(f"memory {memory:.0f} MiB {grown:+.0f}, files {files} {flooded.files() - files:+d}")
-        assert flooded.files() - files <= FILES
-        assert grown < slack
-
-    return check
-
-
-async def until_quiet(stage: Stage, within: float = 15.0) -> None:
-    await asyncio.to_thread(stage.quiet, within)
-
-
-class Peak:
-    """The most memory that the gateway takes while the block lasts, in MiB above what it had."""
-
-    def __init__(self, stage: Stage) -> None:
-        self._stage = stage
-        self._before = stage.memory()
-        self.above = 0.0
-
-    async def watch(self) -> None:
-        while True:
-            self.above = max(self.above, self._stage.memory() - self._before)
-            await asyncio.sleep(0.02)
-
-    async def __aenter__(self) -> Peak:
-        self._task = asyncio.create_task(self.watch())
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self.above = max(self.above, self._stage.memory() - self._before)
-        self._task.cancel()
-
 
 BIG_TEXT = request(prompt="word " * (2 * MIB))
 BIG_FIELD = request(prompt="hi", user="u" * (10 * MIB))

@@ -67,6 +67,22 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load_config(tmp_path / "none.yaml")
 
 
+def test_relative_certificates_are_beside_the_file_wherever_the_gateway_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "fleet.yaml").write_text(
+        "gateway: {tls: {certificate: tls/crt.pem, key: /etc/key.pem, client_ca: ../ca.pem}}\n"
+        "oidc: {issuer: 'https://i', audience: a, ca: ca.pem}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    found = load_config(Path("a/fleet.yaml"))
+    assert found.gateway.tls is not None
+    assert found.oidc is not None
+    assert (found.gateway.tls.certificate, found.gateway.tls.key) == (tmp_path / "a/tls/crt.pem", Path("/etc/key.pem"))
+    assert (found.gateway.tls.client_ca, found.oidc.ca) == (tmp_path / "a/../ca.pem", tmp_path / "a/ca.pem")
+
+
 def test_a_field_that_is_given_twice_is_a_mistake() -> None:
     assert mistake("decode:\n  groups: 2\n  groups: 3\n") == "fleet.yaml:3: groups: is given twice"
 

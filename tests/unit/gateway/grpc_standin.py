@@ -11,6 +11,7 @@ import grpc
 
 from tandem.gateway.errors import ApiError
 from tandem.gateway.pairing.reply import Step
+from tandem.gateway.rpc.incoming import Incoming
 from tandem.gateway.rpc.inference import Endpoint
 from tandem.gateway.rpc.peer import Peer
 from tandem.gateway.rpc.server import GrpcServer
@@ -69,8 +70,9 @@ class SaidAnswers:
         self.hang = False
         self.given_up = asyncio.Event()
 
-    async def begin(self, endpoint: Endpoint, body: dict[str, Any], peer: Peer, deadline: float | None) -> SaidReply:
-        self.asked.append((endpoint, body, peer, deadline))
+    async def begin(self, endpoint: Endpoint, incoming: Incoming, peer: Peer, deadline: float | None) -> SaidReply:
+        await incoming.receive()
+        self.asked.append((endpoint, incoming.body(), peer, deadline))
         self.begun.set()
         if self.errors:
             raise self.errors.pop(0)

@@ -27,7 +27,7 @@ class Call:
 
 
 def test_metadata_with_a_line_end_in_it_is_dropped() -> None:
-    peer = peer_of(cast("grpc.aio.ServicerContext[Any, Any]", Call()), 1)
+    peer = peer_of(cast("grpc.aio.ServicerContext[Any, Any]", Call()))
     assert set(peer.headers) == {b"traceparent"}
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from engine_standin import Script
@@ -14,6 +15,7 @@ from gateway_world import World, saying, world
 from tandem.client import AsyncClient, InvalidRequest, NotFound, RateLimited, Unauthenticated
 from tandem.gateway.errors import ApiError
 from tandem.gateway.rpc.front import ServiceAnswers
+from tandem.gateway.rpc.incoming import Incoming
 from tandem.gateway.rpc.peer import Peer
 from tandem.gateway.rpc.server import GrpcServer
 
@@ -33,6 +35,16 @@ async def both(tenant: str = "", **fleet: Any) -> AsyncIterator[tuple[World, Asy
                 yield http, client
         finally:
             await server.stop(grace=0)
+
+
+class Sent:
+    """A request that is there."""
+
+    async def receive(self) -> int:
+        return 10
+
+    def body(self) -> dict[str, object]:
+        return {"model": "tiny", "prompt": [5]}
 
 
 async def test_a_continuation_is_the_one_that_http_gives() -> None:
@@ -64,6 +76,23 @@ async def test_a_chat_is_the_one_that_http_gives() -> None:
 async def test_a_large_prompt_is_answered_as_a_small_one() -> None:
     async with both() as (_, client):
         assert (await client.generate("word " * 1500, max_tokens=2)).usage.prompt_tokens > 1000
+
+
+async def test_what_is_large_is_parsed_in_its_tenants_lane_and_not_on_the_event_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parsed: list[bool] = []
+    body = Incoming.body
+
+    def noted(incoming: Incoming) -> Any:
+        parsed.append(threading.current_thread() is threading.main_thread())
+        return body(incoming)
+
+    monkeypatch.setattr(Incoming, "body", noted)
+    async with both() as (_, client):
+        for size in (10, 40_000):
+            assert (await client.generate([5, 6], user="u" * size, max_tokens=2)).usage.prompt_tokens == 2
+    assert parsed == [True, False]
 
 
 async def test_a_wrong_field_is_refused_in_the_words_of_http() -> None:
@@ -133,9 +162,9 @@ async def test_a_deadline_ends_both_legs_and_is_recorded() -> None:
     async with world("p0", "d0") as http:
         http.engines["d0"].default = Script(ids=[], finish=None)
         answers = ServiceAnswers(http.service, lambda: "7")
-        peer = Peer(headers={}, certificate=None, request_id="r", size=10)
+        peer = Peer(headers={}, certificate=None, request_id="r")
         deadline = asyncio.get_running_loop().time() + 0.02
-        reply = await answers.begin("completions", {"model": "tiny", "prompt": [5]}, peer, deadline)
+        reply = await answers.begin("completions", cast(Incoming, Sent()), peer, deadline)
         with pytest.raises(ApiError) as caught:
             await reply.next()
         reply.close(caught.value)

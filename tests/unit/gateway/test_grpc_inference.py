@@ -204,7 +204,7 @@ async def test_the_clients_deadline_becomes_the_requests(served: Served) -> None
 
 async def test_a_passed_deadline_ends_the_call_and_closes_the_reply(served: Served) -> None:
     served.say = lambda: SaidReply(steps("a")[:1])
-    error = await failure(served.stub.Generate(GENERATE, timeout=1.0))
+    error = await failure(served.stub.Generate(GENERATE, timeout=0.4))
     assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     async with asyncio.timeout(WITHIN_S):
         await served.replies[0].over.wait()
@@ -255,9 +255,9 @@ async def test_a_connection_that_is_gone_closes_all_its_replies(served: Served) 
 async def test_a_client_that_does_not_read_holds_the_reply_back_and_is_left_in_the_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("tandem.gateway.rpc.inference.SLOW_READER_S", 0.5)
+    monkeypatch.setattr("tandem.gateway.rpc.inference.SLOW_READER_S", 0.2)
     text = "x" * 65_536
-    async with serving(lambda: SaidReply(steps(*[text] * 4096)), longest_s=1.0) as served:
+    async with serving(lambda: SaidReply(steps(*[text] * 4096)), longest_s=0.8) as served:
         call = served.stub.Generate(GENERATE)
         await call.read()
         async with asyncio.timeout(WITHIN_S):

@@ -209,6 +209,15 @@ def test_no_other_handler_gets_what_was_not_cleaned() -> None:
     parent.removeHandler(other)
 
 
+@pytest.mark.parametrize("name", ["asyncio", "grpc._cython.cygrpc", "redis.connection", "opentelemetry.sdk"])
+def test_what_a_library_logs_is_cleaned_too(name: str, sink: Sink) -> None:
+    logging.getLogger(name).error("Task exception was never retrieved: authorization: Bearer %s", KEY)
+    logging.getLogger(name).info("nothing that anybody needs")
+    (line,) = sink.lines()
+    assert "k" * 52 not in line["message"]
+    assert line["logger"] == name
+
+
 def test_what_is_below_the_level_is_not_written(log: logging.Logger) -> None:
     sink = Sink(level=logging.ERROR)
     log.warning("no")

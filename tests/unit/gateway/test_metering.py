@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -102,6 +103,20 @@ async def test_records_are_in_the_sink_when_the_meter_is_closed() -> None:
     assert ids(sink.lines) == [f"r{number}" for number in range(10)]
     assert counted(metrics, "tandem_usage_records_total") == 10
     assert counted(metrics, "tandem_usage_records_pending") == 0
+
+
+async def test_a_disk_that_hangs_does_not_hold_the_end_of_the_gateway(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    goes_on = threading.Event()
+    monkeypatch.setattr(os, "fdatasync", lambda file: goes_on.wait(10))
+    sink = FileSink(Journal(tmp_path, "w", fsync_s=60))
+    await sink.open()
+    await sink.write([b"{}"])
+    await asyncio.wait_for(sink.close(within=0.01), 5)
+    assert "did not take the last usage records within 0.01 s" in caplog.text
+    goes_on.set()
+    assert written(tmp_path) == [b"{}\n"]
 
 
 async def test_a_batch_that_could_not_be_written_is_written_again_once() -> None:

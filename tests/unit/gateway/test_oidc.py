@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import functools
 import hashlib
 import hmac
 import json
+import ssl
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -98,9 +100,14 @@ class Issuer:
         return jwt.encode(content, key, algorithm, headers={"kid": kid} if kid else None)
 
 
+_context = functools.cache(ssl.create_default_context)
+
+
 @pytest.fixture(autouse=True)
-def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+def _surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    # To read the system's CAs takes 20 ms; once is enough.
+    monkeypatch.setattr(ssl, "create_default_context", _context)
 
 
 @pytest.fixture

@@ -261,6 +261,21 @@ async def call(port: int, ca: Authority, client: Signed | None = None) -> str:
         return answer.decode()
 
 
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({}, []),
+        ({"min_version": "1.3"}, ["gateway.tls.min_version 1.3 holds for HTTP only"]),
+        ({"client_certificates": "optional"}, ["gRPC asks no client for a certificate"]),
+    ],
+)
+def test_what_grpc_cannot_do_is_said_at_the_start(
+    ca: Authority, fields: dict[str, Any], told: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    grpc_server_credentials(settings(ca.server(), client_ca=ca.file, **fields))
+    assert [record.getMessage()[: len(one)] for record, one in zip(caplog.records, told, strict=True)] == told
+
+
 async def test_grpc_knows_a_client_by_the_same_names(ca: Authority) -> None:
     client = ca.client("acme", uri="spiffe://corp/acme")
     async with grpc_listening(settings(ca.server(), client_ca=ca.file)) as port:

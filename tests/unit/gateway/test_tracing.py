@@ -13,6 +13,9 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
 from opentelemetry.trace import SpanKind
 
+from tandem.core.route_cost import Choice
+from tandem.core.route_types import Pair, Target
+from tandem.core.types import Role
 from tandem.gateway.observe.tracing import Tracing
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -110,6 +113,29 @@ async def test_a_request_continues_its_clients_trace(tracing: Tracing, exported:
     assert span.parent is not None
     assert f"{span.parent.span_id:016x}" == SPAN
     assert span.kind is SpanKind.SERVER
+
+
+async def test_a_choice_of_a_pair_is_told_with_its_reasons(tracing: Tracing, exported: InMemorySpanExporter) -> None:
+    def target(group: str, role: Role, dp_rank: int) -> Target:
+        return Target(group=group, epoch=1, role=role, url="http://x", dp_rank=dp_rank, dp_size=2)
+
+    pair = Pair(
+        prefill=target("prefill-0", Role.PREFILL, 1),
+        decode=target("decode-0", Role.DECODE, 0),
+        bootstrap_host="x",
+        bootstrap_port=1,
+        choice=Choice(prompt_tokens=100, cached_tokens=64, ttft_s=0.25, by="session"),
+    )
+    Tracing(None).request({}).routed(pair, 1)
+    trace = tracing.request({})
+    trace.routed(pair, 2)
+    trace.end("ok")
+    (event,) = (await spans(tracing, exported))["request"].events
+    told = dict(event.attributes or {})
+    assert (event.name, told["tandem.attempt"], told["tandem.route.by"]) == ("route", 2, "session")
+    assert (told["tandem.prefill.group"], told["tandem.prefill.dp_rank"]) == ("prefill-0", 1)
+    assert (told["tandem.decode.group"], told["tandem.decode.dp_rank"]) == ("decode-0", 0)
+    assert (told["tandem.route.cached_tokens"], told["tandem.route.ttft_seconds"]) == (64, 0.25)
 
 
 async def test_each_engine_is_told_its_own_leg_as_the_parent(tracing: Tracing, exported: InMemorySpanExporter) -> None:

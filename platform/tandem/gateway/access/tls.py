@@ -85,6 +85,17 @@ def grpc_server_credentials(config: TlsConfig) -> grpc.ServerCredentials:
 
     gRPC knows no optional client certificates: it asks for them only where they are required.
     """
+    if config.min_version != "1.2":
+        log.warning(
+            "gateway.tls.min_version %s holds for HTTP only: gRPC takes TLS 1.2 as well, which its library cannot be "
+            "kept from; close gateway.grpc_port to clients if that must not be",
+            config.min_version,
+        )
+    if config.client_ca is not None and config.client_certificates == "optional":
+        log.warning(
+            'gRPC asks no client for a certificate, as gateway.tls.client_certificates is "optional": over gRPC '
+            "tenants need a key or a token"
+        )
     files = _GrpcFiles(config)
     required = config.client_ca is not None and config.client_certificates == "required"
     return grpc.dynamic_ssl_server_credentials(files.read(), files, required)  # type: ignore[arg-type]  # None = no news

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from tandem.core.tenants import ANONYMOUS
+from tandem.gateway.answers.answers import Answers
 from tandem.gateway.api.wire import Writer
 from tandem.gateway.asked import Asked
 from tandem.gateway.errors import ApiError
@@ -34,8 +35,10 @@ KEEP_ALIVE_S = 10.0
 class App:
     """The handler of one gateway replica's HTTP server."""
 
-    def __init__(self, service: Service, pages: Pages) -> None:
+    def __init__(self, service: Service, pages: Pages, answers: Answers | None = None) -> None:
+        """`answers` keeps those of requests with an idempotency key."""
         self._service = service
+        self._answers = answers
         self._pages = pages
 
     async def __call__(self, exchange: Exchange) -> None:
@@ -77,8 +80,10 @@ class App:
             certificate=exchange.certificate,
             request_id=exchange.request_id.decode(),
             arrived=exchange.arrived,
+            answers=self._answers,
         )
         failed: BaseException | None = None
+        signs = _Signs(exchange, asked)
         try:
             await asked.identify()
             body = await exchange.read(self._service.config.max_body_bytes)
@@ -86,23 +91,31 @@ class App:
             assert task is not None, "a handler runs in a task"
             # While it waits for its turn there is nothing else to end.
             exchange.when_left(task.cancel)
-            reply = await asked.begin(body)
-            exchange.when_left(asked.leave)
-            await self._answer(exchange, asked, reply)
+            signs.start()
+            try:
+                reply = await asked.begin(body)
+            except Exception as error:
+                if exchange.started:
+                    _Stream(exchange, asked, signs).fail(error)
+                raise
+            # What is kept may outlive its client: `asked` sees to that when it is closed.
+            exchange.when_left(asked.leave if asked.kept is None else task.cancel)
+            await self._answer(exchange, asked, reply, signs)
         except BaseException as error:
             failed = error
             raise
         finally:
+            signs.stop()
             try:
                 asked.close(failed)
             finally:
                 failed = None  # it holds this frame, and no cycle is to be left for the collector
 
-    async def _answer(self, exchange: Exchange, asked: Asked, reply: Reply) -> None:
+    async def _answer(self, exchange: Exchange, asked: Asked, reply: Reply, signs: _Signs) -> None:
         try:
             async with asyncio.timeout_at(asked.deadline + SLOW_READER_S):
                 if asked.wanted.stream:
-                    await _Stream(exchange, asked, reply).run()
+                    await _Stream(exchange, asked, signs).run(reply)
                 else:
                     await _whole(exchange, asked, reply)
         except TimeoutError:
@@ -110,49 +123,74 @@ class App:
             raise ClientLeft from None
 
 
+class _Signs:
+    """Signs of life in a stream: while its request waits for its turn, while prefill works, and in mid-stream."""
+
+    def __init__(self, exchange: Exchange, asked: Asked) -> None:
+        self._exchange = exchange
+        self._asked = asked
+        self._loop = asyncio.get_running_loop()
+        self._written = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """The request is there; from now on its client waits."""
+        self.wrote()
+        self._timer = self._loop.call_later(KEEP_ALIVE_S, self._beat)
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def wrote(self) -> None:
+        """Something else was written, which is a sign as well."""
+        self._written = self._loop.time()
+
+    def _beat(self) -> None:
+        """Nothing may have been written for a while."""
+        now = self._loop.time()
+        if now - self._written >= KEEP_ALIVE_S:
+            self._written = now
+            # Whether it is to be a stream is known when it was read.
+            if self._asked.prepared is not None and self._asked.wanted.stream:
+                _open(self._exchange, self._asked)
+                self._exchange.remark(self._asked.endpoint.keep_alive)
+        self._timer = self._loop.call_at(self._written + KEEP_ALIVE_S, self._beat)
+
+
 class _Stream:
     """Sends a reply as it comes."""
 
-    def __init__(self, exchange: Exchange, asked: Asked, reply: Reply) -> None:
+    def __init__(self, exchange: Exchange, asked: Asked, signs: _Signs) -> None:
         self._exchange = exchange
         self._asked = asked
-        self._reply = reply
+        self._signs = signs
         self._writer: Writer = asked.writer()
-        self._keep_alive = asked.endpoint.keep_alive
-        self._loop = asyncio.get_running_loop()
-        self._written = self._loop.time()
         self._opening: bytes | None = self._writer.first()
 
-    async def run(self) -> None:
-        self._timer = self._loop.call_later(KEEP_ALIVE_S, self._beat)
+    async def run(self, reply: Reply) -> None:
         try:
-            while await self._step():
+            while await self._step(reply):
                 pass
-        except ApiError as error:
-            if not self._exchange.started:
-                raise
-            # No `[DONE]`: it is not done.
-            self._exchange.end(self._failed(error))
-            raise
         except ClientLeft:
             raise
-        except Exception:
+        except Exception as error:
             if self._exchange.started:
-                self._exchange.end(self._failed(_internal()))
+                self.fail(error)
             raise
-        finally:
-            self._timer.cancel()
 
-    def _failed(self, error: ApiError) -> bytes:
+    def fail(self, error: Exception) -> None:
+        """Tell the error, after the status has left. No `[DONE]`: it is not done."""
+        told = error if isinstance(error, ApiError) else _internal()
         # A stream that has said nothing but that it lives still begins as all do.
         opening, self._opening = self._opening or b"", None
         tell: Callable[[ApiError, str], bytes] = getattr(self._writer, "failed", self._asked.endpoint.error_event)
-        return opening + tell(error, self._exchange.request_id.decode())
+        self._exchange.end(opening + tell(told, self._exchange.request_id.decode()))
 
-    async def _step(self) -> bool:
+    async def _step(self, reply: Reply) -> bool:
         writer = self._writer
         data, done = b"", False
-        for step in await self._reply.next():
+        for step in await reply.next():
             data += writer.piece(step.index, step.piece)
             if step.reason is not None:
                 data += writer.last(step.index, step.reason)
@@ -161,30 +199,21 @@ class _Stream:
                 done = True
         # Until there is a first token a failure can still have its own status.
         if self._opening is not None:
-            data = self._opening + data
-            self._start()
+            data, self._opening = self._opening + data, None
+            _open(self._exchange, self._asked)
         if done:
             self._exchange.end(data)
             return False
         if data:
-            self._written = self._loop.time()
+            self._signs.wrote()
             await self._exchange.write(data)
         return True
 
-    def _start(self) -> None:
-        self._opening = None
-        if not self._exchange.started:
-            self._exchange.start(200, [*EVENTS, *self._asked.headers()])
 
-    def _beat(self) -> None:
-        """Nothing may have been written for a while."""
-        now = self._loop.time()
-        if now - self._written >= KEEP_ALIVE_S:
-            self._written = now
-            if not self._exchange.started:
-                self._exchange.start(200, [*EVENTS, *self._asked.headers()])
-            self._exchange.remark(self._keep_alive)
-        self._timer = self._loop.call_at(self._written + KEEP_ALIVE_S, self._beat)
+def _open(exchange: Exchange, asked: Asked) -> None:
+    """Begin a stream, unless it has begun."""
+    if not exchange.started:
+        exchange.start(200, [*EVENTS, *asked.headers()])
 
 
 async def _whole(exchange: Exchange, asked: Asked, reply: Reply) -> None:

@@ -130,6 +130,7 @@ class Pages:
             "replica": self._replica,
             "open_requests": self._driver.table.open_requests,
             "open_rooms": self._driver.table.open_rooms,
+            "waiting_for_groups": self._driver.table.parked,
             "loads": msgspec.to_builtins(self._driver.router.loads()),
             "ranks": msgspec.to_builtins(self._driver.router.ranks()),
             "prefix_index": {"blocks": len(index), "bytes": index.size, "evicted": index.evicted},
@@ -140,6 +141,7 @@ class Pages:
     def _exposition(self) -> Page:
         for role, state, count in _count_groups(self._fleet()):
             self._metrics.groups.labels(role, state).set(count)
+        self._metrics.parked.set(self._driver.table.parked)
         roles = {group.group: group.role.value for group in self._fleet().groups}
         self._metrics.group_loads(
             (roles.get(load.group, ""), load.group, load.rooms, load.tokens) for load in self._driver.router.loads()

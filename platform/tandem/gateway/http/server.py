@@ -51,16 +51,20 @@ class Limits:
     """All together; a further one is closed at once."""
 
 
+def connections_allowed(most: int) -> int:
+    """So many connections, or fewer where this process may not open enough files: some are left for engines, the store
+    and logs."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return most if files == resource.RLIM_INFINITY else min(most, max(64, files - 1024))
+
+
 class HttpServer:
     """Serves a bound socket with `handler`, which gets an `Exchange` per request."""
 
     def __init__(self, handler: Handler, *, limits: Limits | None = None) -> None:
         self.handler = handler
         self.limits = limits or Limits()
-        # Some are left for engines, the store and files.
-        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if files != resource.RLIM_INFINITY:
-            self.limits.connections = min(self.limits.connections, max(64, files - 1024))
+        self.limits.connections = connections_allowed(self.limits.connections)
         self.connections: set[_Connection] = set()
         self.tasks: set[asyncio.Task[None]] = set()
         """One for each request that is being answered; the loop itself keeps no strong reference."""

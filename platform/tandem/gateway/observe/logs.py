@@ -22,6 +22,9 @@ from tandem.core.usage import UsageRecord
 
 requests = logging.getLogger("tandem.request")
 
+OURS = "tandem"
+OTHERS = ("asyncio", "grpc", "opentelemetry", "redis")
+"""Loggers of libraries that may quote what a client or the configuration has in it. Their warnings go the same way."""
 QUEUE = 10_000
 """Records that wait to be written; more are dropped and counted."""
 _CLOSE_S = 5.0
@@ -158,16 +161,15 @@ class RequestLog:
 class Logs:
     """Where records go while the gateway runs. `close` writes what waits."""
 
-    def __init__(self, logger: logging.Logger, handler: _BoundedHandler, out: logging.Handler, level: int) -> None:
-        self._logger = logger
-        self._level = logger.level
-        logger.setLevel(level)
+    def __init__(self, levels: Mapping[logging.Logger, int], handler: _BoundedHandler, out: logging.Handler) -> None:
+        self._before = [(logger, logger.level, logger.propagate) for logger in levels]
         self._handler = handler
         self._out = out
-        self._propagated = logger.propagate
-        # What further handlers write would have its secrets in it.
-        logger.propagate = False
-        logger.addHandler(handler)
+        for logger, level in levels.items():
+            logger.setLevel(level)
+            # What further handlers write would have its secrets in it.
+            logger.propagate = False
+            logger.addHandler(handler)
         self._thread: threading.Thread | None = threading.Thread(target=self._write, name="tandem-logs", daemon=True)
         self._thread.start()
 
@@ -181,9 +183,10 @@ class Logs:
         thread, self._thread = self._thread, None
         if thread is None:
             return
-        self._logger.removeHandler(self._handler)
-        self._logger.propagate = self._propagated
-        self._logger.setLevel(self._level)
+        for logger, level, propagate in self._before:
+            logger.removeHandler(self._handler)
+            logger.propagate = propagate
+            logger.setLevel(level)
         with contextlib.suppress(queue.Full):  # nobody reads: the thread ends with the process
             self._handler.queue.put(None, timeout=_CLOSE_S)
             thread.join(_CLOSE_S)
@@ -223,15 +226,17 @@ def configure_logs(
     on_drop: Callable[[int], None] = lambda records: None,
     **always: str,
 ) -> Logs:
-    """Send the records of `logger` (default: `tandem`, so all of ours) to `stream` (default: stderr).
+    """Send the records of `logger` (default: all of ours, and the warnings of `OTHERS`) to `stream` (default: stderr).
 
     Without `json` they are plain lines for people; secrets are taken out either way. `always`: fields of every line.
     """
-    logger = logger or logging.getLogger("tandem")
+    levels = {logger or logging.getLogger(OURS): level}
+    if logger is None:
+        levels |= {logging.getLogger(name): max(level, logging.WARNING) for name in OTHERS}
     out = logging.StreamHandler(stream or sys.stderr)
     out.addFilter(RedactingFilter())
     out.setFormatter(JsonFormatter(**always) if json else PlainFormatter())
-    return Logs(logger, _BoundedHandler(limit, on_drop), out, level)
+    return Logs(levels, _BoundedHandler(limit, on_drop), out)
 
 
 class PlainFormatter(logging.Formatter):

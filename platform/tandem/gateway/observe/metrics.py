@@ -253,6 +253,9 @@ class Metrics:
     def _make_pairs(self, registry: CollectorRegistry) -> None:
         self.rooms_opened = Counter("tandem_rooms_opened", "Rooms opened on a pair.", registry=registry)
         self.open_rooms = Gauge("tandem_open_rooms", "Rooms (leases) open on some side.", registry=registry)
+        self.parked = Gauge(
+            "tandem_requests_without_pair", "Requests that wait for a group to come up.", registry=registry
+        )
         self.aborts = Counter(
             "tandem_leg_aborts", "Legs ended by the gateway, by role and reason.", ["role", "reason"], registry=registry
         )

@@ -25,6 +25,7 @@ from opentelemetry.trace import Span, SpanContext, SpanKind, Status, StatusCode,
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
 
+from tandem.core.route_types import Pair
 from tandem.gateway.observe.trace_export import BoundedProcessor
 
 Headers = Mapping[bytes, bytes]
@@ -81,6 +82,9 @@ class RequestTrace(Protocol):
 
     def phase(self, name: str) -> Phase:
         """A phase begins: tokenize, admission, stream."""
+
+    def routed(self, pair: Pair, attempt: int) -> None:
+        """A pair was chosen for the attempt: the event "route" tells which, why, and what was expected of it."""
 
     def leg(self, role: str, *, group: str, epoch: int, dp_rank: int, room: int, attempt: int) -> LegTrace:
         """A leg is sent to an engine."""
@@ -210,6 +214,9 @@ class _Unrecorded:
     def phase(self, name: str) -> Phase:
         return self._nothing
 
+    def routed(self, pair: Pair, attempt: int) -> None:
+        return None
+
     def leg(self, role: str, *, group: str, epoch: int, dp_rank: int, room: int, attempt: int) -> LegTrace:
         return self._nothing
 
@@ -283,6 +290,27 @@ class _Recorded:
 
     def phase(self, name: str) -> Phase:
         return _Recording(self._tracer.start_span(name, context=self._under), ())
+
+    def routed(self, pair: Pair, attempt: int) -> None:
+        # An event: the choice itself takes microseconds.
+        choice = pair.choice
+        self._span.add_event(
+            "route",
+            {
+                "tandem.attempt": attempt,
+                "tandem.prefill.group": pair.prefill.group,
+                "tandem.prefill.dp_rank": pair.prefill.dp_rank,
+                "tandem.decode.group": pair.decode.group,
+                "tandem.decode.dp_rank": pair.decode.dp_rank,
+                "tandem.route.by": choice.by,
+                "tandem.route.prompt_tokens": choice.prompt_tokens,
+                "tandem.route.cached_tokens": choice.cached_tokens,
+                "tandem.route.confirmed": choice.confirmed,
+                "tandem.route.ttft_seconds": choice.ttft_s,
+                "tandem.route.itl_seconds": choice.itl_s,
+                "tandem.route.keeps_slo": choice.keeps_slo,
+            },
+        )
 
     def leg(self, role: str, *, group: str, epoch: int, dp_rank: int, room: int, attempt: int) -> LegTrace:
         span = self._tracer.start_span(

@@ -234,6 +234,8 @@ class PairDriver:
         while not room or self.table.has_room(room):
             room = room_number(self._draw(), dp_size=pair.prefill.dp_size, dp_rank=pair.prefill.dp_rank)
         ticket.pair = pair
+        if ticket.trace is not None:
+            ticket.trace.routed(pair, need.attempt)
         ticket.ended = None
         ticket.weight_version = self._versions.get(pair.decode.group, "")
         return Opened(request=need.request, room=room, pair=pair, version=ticket.weight_version)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
+from tandem.gateway.answers.answers import Answers as KeptAnswers
 from tandem.gateway.asked import Asked
+from tandem.gateway.errors import ApiError
 from tandem.gateway.http.endpoints import CHAT, COMPLETIONS
 from tandem.gateway.http.endpoints import Endpoint as HttpEndpoint
 from tandem.gateway.pairing.reply import Reply, Step
+from tandem.gateway.rpc.incoming import Incoming
 from tandem.gateway.rpc.inference import Endpoint
 from tandem.gateway.rpc.peer import Peer
 from tandem.gateway.rpc.translate import Body
@@ -24,13 +26,14 @@ _ENDPOINTS: Mapping[Endpoint, HttpEndpoint] = {"chat": CHAT, "completions": COMP
 class ServiceAnswers:
     """`grpc_inference.Answers` over the gateway's own service."""
 
-    def __init__(self, service: Service, weight_version: Callable[[], str]) -> None:
-        """`weight_version` says which weights the fleet serves now."""
+    def __init__(self, service: Service, weight_version: Callable[[], str], kept: KeptAnswers | None = None) -> None:
+        """`weight_version` says which weights the fleet serves now; `kept` keeps answers under idempotency keys."""
         self._service = service
+        self._kept = kept
         self._weight_version = weight_version
         self._loop = asyncio.get_running_loop()
 
-    async def begin(self, endpoint: Endpoint, body: Body, peer: Peer, deadline: float | None) -> BegunReply:
+    async def begin(self, endpoint: Endpoint, incoming: Incoming, peer: Peer, deadline: float | None) -> BegunReply:
         """See `Answers.begin`."""
         asked = Asked(
             self._service,
@@ -40,15 +43,29 @@ class ServiceAnswers:
             request_id=peer.request_id,
             arrived=self._loop.time(),
             deadline=deadline,
+            answers=self._kept,
         )
         try:
             await asked.identify()
-            # A large body as bytes: the service reads and tokenizes those in a thread.
-            reply = await asked.begin(body if peer.size <= INLINE_BYTES else msgspec.json.encode(body))
+            reply = await asked.begin(await self._body(asked, incoming))
         except BaseException as error:
             asked.close(error)
             raise
         return BegunReply(asked, reply, self._weight_version)
+
+    async def _body(self, asked: Asked, incoming: Incoming) -> Body | bytes:
+        """What is asked; if that is much, as bytes: the service reads and tokenizes those in a thread."""
+        size = await incoming.receive()
+        if size <= INLINE_BYTES:
+            return incoming.body()
+        try:
+            async with asyncio.timeout_at(asked.deadline):
+                return await self._service.lanes.work(
+                    asked.identity.tenant.name, size, lambda: msgspec.json.encode(incoming.body())
+                )
+        except TimeoutError:
+            message = "The request's time was over before it could be read. Try again, or send less at once."
+            raise ApiError(504, message, type="server_error", code="timeout") from None
 
 
 class BegunReply:
@@ -58,7 +75,7 @@ class BegunReply:
         prefix = "chatcmpl-" if asked.endpoint is CHAT else "cmpl-"
         self.id = prefix + asked.number
         self.model = asked.wanted.model
-        self.created = int(time.time())
+        self.created = asked.created
         self.weight_version = weight_version()
         self.prompt_ids: Sequence[int] = reply.prompts[0]
         self._asked = asked

@@ -6,15 +6,16 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol
 
 import grpc
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
 from tandem.gateway.errors import ApiError
 from tandem.gateway.http.exchange import ClientLeft
 from tandem.gateway.rpc.answers import Step, chat_choices, chat_delta, text_choices, text_delta, usage_message
 from tandem.gateway.rpc.errors import sentence, status_code, trailing_metadata
+from tandem.gateway.rpc.incoming import Incoming, Receiving
 from tandem.gateway.rpc.peer import Peer, peer_of
 from tandem.gateway.rpc.translate import Body, chat_body, generate_body
 from tandem.v1 import inference_pb2 as pb
@@ -27,7 +28,6 @@ Endpoint = Literal["chat", "completions"]
 
 _log = logging.getLogger(__name__)
 _Context = grpc.aio.ServicerContext[Any, Any]
-_Request = TypeVar("_Request", bound=Message)
 
 
 class Reply(Protocol):
@@ -62,8 +62,8 @@ class Reply(Protocol):
 class Answers(Protocol):
     """What answers requests, whichever front they come by."""
 
-    async def begin(self, endpoint: Endpoint, body: Body, peer: Peer, deadline: float | None) -> Reply:
-        """Authenticate, check, tokenize, admit and submit. Raises ApiError.
+    async def begin(self, endpoint: Endpoint, incoming: Incoming, peer: Peer, deadline: float | None) -> Reply:
+        """Authenticate, receive, check, tokenize, admit and submit. Raises ApiError.
 
         `deadline`: when the caller stops waiting, on the loop's clock. Whatever it raises, `CancelledError` too, it has
         left nothing behind.
@@ -71,16 +71,18 @@ class Answers(Protocol):
 
 
 class InferenceService:
-    """The service over one gateway's answers; `handlers` is what a server takes."""
+    """The service over one gateway's answers; `methods` is what a server takes."""
 
-    def __init__(self, answers: Answers, *, longest_s: float) -> None:
+    def __init__(self, answers: Answers, *, longest_s: float, max_request_bytes: int) -> None:
         """`longest_s`: seconds that a request may take. A client that has not read its answer soon after is left."""
         self._answers = answers
         self._longest_s = longest_s + SLOW_READER_S
+        self._receiving = Receiving(max_request_bytes)
 
     def methods(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
-        """By name. They parse their requests themselves, so that garbage is answered and not logged as a crash."""
-        stream, unary = grpc.unary_stream_rpc_method_handler, grpc.unary_unary_rpc_method_handler
+        """By name. They read and parse their requests themselves (on the wire, one request is a stream of one): nothing
+        is received before it is known who calls, and garbage is answered and not logged as a crash."""
+        stream, unary = grpc.stream_stream_rpc_method_handler, grpc.stream_unary_rpc_method_handler
         return {
             "Generate": stream(self.generate, response_serializer=pb.GenerateResponse.SerializeToString),
             "GenerateOnce": unary(self.generate_once, response_serializer=pb.GenerateOnceResponse.SerializeToString),
@@ -88,18 +90,17 @@ class InferenceService:
             "ChatOnce": unary(self.chat_once, response_serializer=pb.ChatOnceResponse.SerializeToString),
         }
 
-    async def generate(self, data: bytes, context: _Context) -> None:
-        async with self._answering(context, data) as (peer, deadline):
-            request = _parse(pb.GenerateRequest, data)
-            reply = await self._answers.begin("completions", generate_body(request), peer, deadline)
-            ids = request.options.return_token_ids
-            await _stream(context, reply, pb.GenerateResponse, text_delta, ids=ids)
+    async def generate(self, _: object, context: _Context) -> None:
+        async with self._answering(context) as (peer, deadline):
+            incoming = self._incoming(context, pb.GenerateRequest, generate_body)
+            reply = await self._answers.begin("completions", incoming, peer, deadline)
+            await _stream(context, reply, pb.GenerateResponse, text_delta, ids=incoming.wants_ids)
 
-    async def generate_once(self, data: bytes, context: _Context) -> pb.GenerateOnceResponse:
-        async with self._answering(context, data) as (peer, deadline):
-            request = _parse(pb.GenerateOnceRequest, data)
-            reply = await self._answers.begin("completions", generate_body(request), peer, deadline)
-            ids = request.options.return_token_ids
+    async def generate_once(self, _: object, context: _Context) -> pb.GenerateOnceResponse:
+        async with self._answering(context) as (peer, deadline):
+            incoming = self._incoming(context, pb.GenerateOnceRequest, generate_body)
+            reply = await self._answers.begin("completions", incoming, peer, deadline)
+            ids = incoming.wants_ids
             steps = await _all(reply)
             return pb.GenerateOnceResponse(
                 info=_info(reply, ids=ids),
@@ -108,18 +109,17 @@ class InferenceService:
                 usage=_usage(steps),
             )
 
-    async def chat(self, data: bytes, context: _Context) -> None:
-        async with self._answering(context, data) as (peer, deadline):
-            request = _parse(pb.ChatRequest, data)
-            reply = await self._answers.begin("chat", chat_body(request), peer, deadline)
-            ids = request.options.return_token_ids
-            await _stream(context, reply, pb.ChatResponse, chat_delta, ids=ids)
+    async def chat(self, _: object, context: _Context) -> None:
+        async with self._answering(context) as (peer, deadline):
+            incoming = self._incoming(context, pb.ChatRequest, chat_body)
+            reply = await self._answers.begin("chat", incoming, peer, deadline)
+            await _stream(context, reply, pb.ChatResponse, chat_delta, ids=incoming.wants_ids)
 
-    async def chat_once(self, data: bytes, context: _Context) -> pb.ChatOnceResponse:
-        async with self._answering(context, data) as (peer, deadline):
-            request = _parse(pb.ChatOnceRequest, data)
-            reply = await self._answers.begin("chat", chat_body(request), peer, deadline)
-            ids = request.options.return_token_ids
+    async def chat_once(self, _: object, context: _Context) -> pb.ChatOnceResponse:
+        async with self._answering(context) as (peer, deadline):
+            incoming = self._incoming(context, pb.ChatOnceRequest, chat_body)
+            reply = await self._answers.begin("chat", incoming, peer, deadline)
+            ids = incoming.wants_ids
             steps = await _all(reply)
             return pb.ChatOnceResponse(
                 info=_info(reply, ids=ids),
@@ -128,13 +128,16 @@ class InferenceService:
                 usage=_usage(steps),
             )
 
+    def _incoming(self, context: _Context, kind: type[Message], body_of: Callable[[Any], Body]) -> Incoming:
+        return Incoming(self._receiving, context, kind, body_of)
+
     @contextlib.asynccontextmanager
-    async def _answering(self, context: _Context, data: bytes) -> AsyncIterator[tuple[Peer, float | None]]:
+    async def _answering(self, context: _Context) -> AsyncIterator[tuple[Peer, float | None]]:
         """Hold the block to the call's limits, and end the call if it fails. Gives (peer, deadline).
 
         gRPC itself cancels the method when the client cancels, is gone, or has waited to its deadline.
         """
-        peer = peer_of(context, len(data))
+        peer = peer_of(context)
         identity = (("x-request-id", peer.request_id),)
         context.set_trailing_metadata(identity)
         remaining = context.time_remaining()
@@ -147,6 +150,8 @@ class InferenceService:
             error = found
         except ClientLeft:
             error = ApiError(499, "The call was given up.", code="client_gone")
+        except grpc.aio.InternalError as found:
+            raise _gone(found) from None
         except TimeoutError:
             # Only a client that does not read gets here: everything else has ended by itself before.
             error = ApiError(504, f"The answer was not read within {self._longest_s:g} s.", code="timeout")
@@ -154,7 +159,10 @@ class InferenceService:
             _log.exception("gRPC request %s broke", peer.request_id)
             message = "The server had an error while processing your request."
             error = ApiError(500, message, type="server_error", code="internal_error")
-        await context.abort(status_code(error.status), sentence(error), identity + trailing_metadata(error))
+        try:
+            await context.abort(status_code(error.status), sentence(error), identity + trailing_metadata(error))
+        except grpc.aio.InternalError as found:
+            raise _gone(found) from None
 
 
 async def _stream(
@@ -202,12 +210,10 @@ def _closing(reply: Reply) -> Iterator[None]:
         reply.close(failed)
 
 
-def _parse(kind: type[_Request], data: bytes) -> _Request:
-    try:
-        return kind.FromString(data)
-    except DecodeError as error:
-        message = f"The request is not a valid {kind.DESCRIPTOR.full_name}: {error}. Is it made from the same .proto?"
-        raise ApiError(400, message, code="invalid_request") from error
+def _gone(error: Exception) -> asyncio.CancelledError:
+    """Nothing could be sent: the connection was lost a moment ago. gRPC is about to cancel the method for that."""
+    _log.debug("a call cannot be answered any more: %s", error)
+    return asyncio.CancelledError()
 
 
 def _info(reply: Reply, *, ids: bool) -> pb.AnswerInfo:

@@ -25,12 +25,10 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True):
     """The client's TLS certificate, its names as in `ssl.SSLSocket.getpeercert`; None without one."""
     request_id: str
     """Its `x-request-id`, or a new one."""
-    size: int
-    """Bytes of its request."""
 
 
-def peer_of(context: grpc.aio.ServicerContext[Any, Any], size: int) -> Peer:
-    """Whoever made the call that `context` is of, with a request of `size` bytes."""
+def peer_of(context: grpc.aio.ServicerContext[Any, Any]) -> Peer:
+    """Whoever made the call that `context` is of."""
     headers: dict[bytes, bytes] = {}
     for key, value in context.invocation_metadata() or ():
         name, raw = key.encode(), value if isinstance(value, bytes) else value.encode()
@@ -44,5 +42,4 @@ def peer_of(context: grpc.aio.ServicerContext[Any, Any], size: int) -> Peer:
         headers=headers,
         certificate=grpc_certificate(context.auth_context()),  # type: ignore[arg-type]  # its stubs say less
         request_id=asked.decode() if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex,
-        size=size,
     )

@@ -8,6 +8,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from tandem.gateway.http.server import Limits, connections_allowed
 from tandem.gateway.rpc.health import HealthService
 from tandem.gateway.rpc.inference import SERVICE, Answers, InferenceService
 from tandem.gateway.rpc.robust import robust_server
@@ -23,7 +24,15 @@ _OPTIONS = (
     # More calls of one connection wait in the client.
     ("grpc.max_concurrent_streams", 1000),
     ("grpc.max_metadata_size", 16 * 1024),
+    # Else the window grows to megabytes for each stream that nobody reads. One that is read grows with its message.
+    ("grpc.http2.bdp_probe", 0),
+    # As the HTTP server has it; without it a stranger may take two minutes for his first bytes.
+    ("grpc.server_handshake_timeout_ms", int(Limits.header_s * 1000)),
+    # Whoever calls again then connects again, without noticing.
+    ("grpc.max_connection_idle_ms", 600_000),
 )
+CONNECTIONS = 10_000
+"""All together; a further one is closed at once."""
 
 
 class GrpcServer:
@@ -39,7 +48,7 @@ class GrpcServer:
     ) -> None:
         """`shortage` says why the fleet cannot answer, None if it can. `longest_s`: seconds a request may take."""
         self.port = 0
-        self._service = InferenceService(answers, longest_s=longest_s)
+        self._service = InferenceService(answers, longest_s=longest_s, max_request_bytes=max_request_bytes)
         self._health = HealthService((SERVICE,), shortage)
         self._max_request_bytes = max_request_bytes
         self._server: grpc.aio.Server | None = None
@@ -54,6 +63,7 @@ class GrpcServer:
         options = (
             *_OPTIONS,
             ("grpc.so_reuseport", int(share_port)),
+            ("grpc.max_allowed_incoming_connections", connections_allowed(CONNECTIONS)),
             ("grpc.max_receive_message_length", self._max_request_bytes),
             ("grpc.max_send_message_length", -1),
         )

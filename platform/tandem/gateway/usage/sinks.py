@@ -76,7 +76,7 @@ class FileSink:
             await _in(self._thread, self._journal.sync_if_due)
 
     async def close(self, within: float) -> None:
-        await _close_journal(self._thread, self._journal)
+        await _close_journal(self._thread, self._journal, within)
 
 
 class RedisSink:
@@ -156,7 +156,7 @@ class RedisSink:
                 task.cancel()
             await asyncio.wait(self._work, timeout=1.0)
         if self._spooling:
-            await _close_journal(self._thread, self._journal)
+            await _close_journal(self._thread, self._journal, within)
         await self._stream.close()
 
     async def _write_directly(self, lines: Sequence[bytes]) -> None:
@@ -256,9 +256,16 @@ async def _in(thread: ThreadPoolExecutor, call: Callable[..., _T], *arguments: o
     return await asyncio.get_running_loop().run_in_executor(thread, call, *arguments)
 
 
-async def _close_journal(thread: ThreadPoolExecutor, journal: Journal) -> None:
+async def _close_journal(thread: ThreadPoolExecutor, journal: Journal, within: float) -> None:
     try:
-        await _in(thread, journal.close)
+        async with asyncio.timeout(within):
+            await _in(thread, journal.close)
+    except TimeoutError:
+        log.warning(
+            "the disk with %s did not take the last usage records within %g s: they may not be safe on it",
+            journal.folder,
+            within,
+        )
     except OSError as error:
         log.warning("the last usage records in %s may not be safe on its disk: %s", journal.folder, error)
     thread.shutdown(wait=False)
