@@ -18,6 +18,7 @@ COUNTED = {
     "tandem_requests_in_flight",
     "tandem_queue_length",
     "tandem_open_rooms",
+    "tandem_requests_without_pair",
     "tandem_groups",
     "tandem_group_open_rooms",
     "tandem_group_open_tokens",
