@@ -32,5 +32,16 @@ class Tenant(msgspec.Struct, frozen=True, kw_only=True):
     """Names of the models that it may use; None = every one."""
 
 
+def without_limits(tenant: Tenant) -> Tenant:
+    """The same tenant, which may use any amount."""
+    return msgspec.structs.replace(
+        tenant,
+        requests_per_minute=None,
+        input_tokens_per_minute=None,
+        output_tokens_per_minute=None,
+        concurrency=None,
+    )
+
+
 ANONYMOUS = Tenant(name="anonymous")
 """Whoever asks where no key is asked for."""

@@ -81,6 +81,14 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
     since: float = 0.0
     """Unix seconds when it entered this state."""
     ranks: tuple[Rank, ...] = ()
+    migrate_at: float = 0.0
+    """Unix seconds; from then on gateways move what it still decodes to other groups. 0 = they do not."""
+    weights_path: str = ""
+    """Folder of its weights on every node; empty = the fleet's own (`model.path`)."""
+    loading: str = ""
+    """Weight version that it is being given. Until that has ended, nobody knows which one it has. Empty = none."""
+    refused: str = ""
+    """Weight version that it was told to take and could not; it keeps its own. Empty = none."""
 
     @property
     def routable(self) -> bool:
@@ -101,6 +109,12 @@ class GroupSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Leave when the last room is closed, at the latest at `drain_deadline`."""
     drain_deadline: float = 0.0
     """Unix seconds; 0 while not draining."""
+    migrate_at: float = 0.0
+    """Unix seconds from when its streams are moved while it drains; 0 = shortly before the deadline."""
+    weights_path: str = ""
+    """Folder of the weights on every node; empty = the fleet's own (`model.path`)."""
+    weight_version: str = ""
+    """Version of the weights that it should serve; empty = those it has, or the fleet's own."""
 
 
 class DpLoad(msgspec.Struct, frozen=True, kw_only=True):
@@ -125,6 +139,8 @@ class GatewayReplica(msgspec.Struct, frozen=True, kw_only=True):
     node: str = ""
     grpc: str = ""
     """"host:port" of `tandem.v1.Inference`."""
+    incarnation: str = ""
+    """What the engines' request ids of this very run begin with."""
 
 
 class FleetSnapshot(msgspec.Struct, frozen=True, kw_only=True):

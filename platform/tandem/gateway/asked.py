@@ -9,10 +9,15 @@ import uuid
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from tandem.core.tenants import ANONYMOUS
+import msgspec
+
+from tandem.core.tenants import ANONYMOUS, without_limits
 from tandem.core.usage import UsageRecord
 from tandem.gateway.access.admission import Ask, Permit
 from tandem.gateway.access.auth import Identity, check_model
+from tandem.gateway.answers.answers import HEADER as IDEMPOTENCY_KEY
+from tandem.gateway.answers.answers import Answers
+from tandem.gateway.answers.kept import Kept
 from tandem.gateway.api.requests import Wanted
 from tandem.gateway.api.wire import Writer
 from tandem.gateway.errors import ApiError
@@ -44,13 +49,20 @@ class Asked:
         request_id: str,
         arrived: float,
         deadline: float | None = None,
+        answers: Answers | None = None,
     ) -> None:
-        """`arrived` and `deadline` on the loop's clock; no deadline = the gateway's own time-out."""
+        """`arrived` and `deadline` on the loop's clock; no deadline = the gateway's own time-out. `answers` keeps those
+        of requests with an idempotency key; None = such keys are not looked at."""
         self.endpoint = endpoint
         self.identity = Identity(ANONYMOUS)
         self.request_id = request_id
         self.number = uuid.uuid4().hex
-        """The request's own name: in the pair table, in answers, in usage records."""
+        """The request's own name: in the pair table, in answers, in usage records. Of an answer that another request
+        has begun it is that one's."""
+        self.created = int(time.time())
+        """When the answer was begun, in Unix seconds."""
+        self.kept: Kept | None = None
+        """Its hold on the answer of its idempotency key."""
         self.arrived = arrived
         self.deadline = arrived + service.config.request_timeout_s
         if deadline is not None:
@@ -59,6 +71,9 @@ class Asked:
         self.prepared: Prepared | None = None
         self.permit: Permit | None = None
         self.trace = service.tracing.request(headers)
+        self._turn = self.number
+        self._answers = answers
+        self._unkept = False
         self._headers = headers
         self._certificate = certificate
         self._service = service
@@ -100,9 +115,27 @@ class Asked:
         wanted = prepared.wanted
         check_model(tenant, wanted.model)
         trace.describe(self.endpoint.operation, wanted.model, tandem__tenant=tenant.name)
+        await self._claim(body)
+        if self.kept is None or self.kept.owns:
+            with trace.phase("admission"):
+                await self.admit(free=self.kept is not None and self.kept.paid)
+        self.reply = reply = service.reply_to(self, self.prepared)
+        if self.kept is None:
+            service.submit(self, reply)
+        elif self.kept.owns:
+            self.kept.own(self, reply)
+        else:
+            self.kept.follow(self, reply)
+        return reply
+
+    async def admit(self, *, free: bool = False) -> None:
+        """Wait for its turn; `free`: its tenant's limits know of it already. Raises ApiError."""
+        service, wanted, prepared = self._service, self.wanted, self.prepared
+        assert prepared is not None
+        tenant = self.identity.tenant
         ask = Ask(
-            tenant=tenant,
-            request=self.number,
+            tenant=without_limits(tenant) if free else tenant,
+            request=self._turn,
             input_tokens=sum(len(prompt.ids) for prompt in prepared.prompts),
             max_output_tokens=prepared.limit * wanted.choices,
             priority=wanted.priority or tenant.priority,
@@ -110,20 +143,43 @@ class Asked:
             # From now on: how long its body took to arrive is not the queue's affair.
             deadline=min(self.deadline, asyncio.get_running_loop().time() + service.queue_s),
         )
-        with trace.phase("admission"):
-            self.permit = await service.admission.enter(ask)
-        self.reply = reply = service.reply_to(self, prepared)
-        service.submit(self, reply)
-        return reply
+        self.permit = await service.admission.enter(ask)
+
+    async def _claim(self, body: Body) -> None:
+        """Have its answer kept, or find the one that is. Raises ApiError."""
+        key = self._headers.get(IDEMPOTENCY_KEY)
+        if key is None or self._answers is None:
+            return
+        self.kept = await self._answers.claim(self, key, body)
+        self._unkept = self.kept is None
+        if self.kept is not None:
+            self.number, self.created = self.kept.number, self.kept.created
+            self._draw_seed()
+
+    def _draw_seed(self) -> None:
+        """Whichever gateway goes on with the answer samples with the same seed, also where the client gave none."""
+        assert self.prepared is not None
+        wanted = self.prepared.wanted
+        if "sampling_seed" not in wanted.sampling:
+            seed = int(self.number, 16) % 2**63
+            wanted = msgspec.structs.replace(wanted, sampling={**wanted.sampling, "sampling_seed": seed})
+            self.prepared = msgspec.structs.replace(self.prepared, wanted=wanted)
 
     def writer(self) -> Writer:
         """What turns this request's reply into bytes."""
         assert self.prepared is not None
-        return self.endpoint.writer(self.wanted, self.number, self.prepared.prompt_ids, self._service.vocabulary)
+        return self.endpoint.writer(
+            self.wanted, self.number, self.prepared.prompt_ids, self._service.vocabulary, created=self.created
+        )
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """What the client is told of its limits."""
-        return [] if self.permit is None else self.permit.headers()
+        """What the client is told of its limits, and of its idempotency key."""
+        found = [] if self.permit is None else self.permit.headers()
+        if self._unkept:
+            return [*found, (b"x-tandem-idempotency", b"unavailable")]
+        if self.kept is not None and self.kept.replayed:
+            return [*found, (b"idempotent-replayed", b"true")]
+        return found
 
     def leave(self) -> None:
         """Nobody waits for it any more."""
@@ -132,7 +188,7 @@ class Asked:
 
     def close(self, error: BaseException | None) -> None:
         """It is over: complete, or with this error."""
-        if self._closed:
+        if self._closed or (self.kept is not None and self.kept.outlives(self, error)):
             return
         self._closed = True
         outcome = outcome_of(error)
@@ -143,6 +199,8 @@ class Asked:
             if self.reply is not None:
                 self.reply.close(outcome)
             record = self._record(outcome)
+            if self.kept is not None:
+                record = self.kept.share(record)
             tokens = record.completion_tokens
         finally:
             # Whatever goes wrong here, its place is for the next.
@@ -157,7 +215,9 @@ class Asked:
                 cached=record.cached_tokens, completion=record.completion_tokens, reasoning=record.reasoning_tokens
             )
         tenant.done(self.endpoint.name, record.outcome, record.seconds)
-        if self._known:
+        if self.kept is not None:
+            self.kept.over(self, record, known=self._known)
+        elif self._known:
             # Who has not said who he is uses nothing, and must not be able to fill the sink.
             service.meter.record(record)
         self._log(record, error)
@@ -196,6 +256,7 @@ class Asked:
             service_seconds=sum(ticket.service_seconds(now) for ticket in tickets),
             outcome=outcome,
             attempts=sum(ticket.attempts for ticket in tickets),
+            migrations=sum(ticket.migrations for ticket in tickets),
             user=wanted.user[:USER_CHARACTERS] if wanted is not None else "",
             replica=service.replica,
             priority=self.permit.priority.value if self.permit is not None else "",

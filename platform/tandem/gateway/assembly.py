@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from tandem.config import FleetConfig
+from tandem.core.answers import Limits
 from tandem.core.layout import CPU_KV_TOKENS, ELEMENT_BYTES
 from tandem.core.prefix_index import PrefixIndex
 from tandem.core.route_cost import RouteSettings, Slo
@@ -27,6 +28,8 @@ from tandem.gateway.access.auth import Authenticator
 from tandem.gateway.access.keys import KeyRing
 from tandem.gateway.access.oidc import TokenVerifier
 from tandem.gateway.access.shared_limits import open_limits
+from tandem.gateway.answers.answers import Answers
+from tandem.gateway.answers.redis_journal import open_journal
 from tandem.gateway.http.app import App
 from tandem.gateway.http.pages import Pages
 from tandem.gateway.http.server import HttpServer
@@ -40,6 +43,8 @@ from tandem.gateway.pairing.pairs import PairDriver
 from tandem.gateway.rpc.front import ServiceAnswers
 from tandem.gateway.rpc.server import GrpcServer
 from tandem.gateway.service import Service
+from tandem.gateway.survival.reaper import Reaper
+from tandem.gateway.survival.registration import Registration
 from tandem.gateway.text.detokenize import Vocabulary
 from tandem.gateway.text.model_card import load_card
 from tandem.gateway.text.tokenize import Tokenizer
@@ -71,13 +76,15 @@ class Gateway:
         self.tasks: list[asyncio.Task[None]] = []
         """What goes on by itself for as long as the replica lives; none of them ends well by itself."""
         self._grpc: GrpcServer | None = None
+        self._reaper: Reaper | None = None
 
     async def open(self) -> None:
         """Make the parts. Raises StoreError, ModelError, TlsError, SinkError, IssuerDown: each says what to do."""
         setting, stack, config = self._setting, self._stack, self._setting.config
         self.store: Store = await open_store(setting.store_url, fleet=config.name, folder=setting.folder)
         stack.push_async_callback(self.store.close)
-        client = EngineClient()
+        self._go(self.store.keep(), "keep")
+        self._client = client = EngineClient()
         stack.push_async_callback(client.close)
         self.metrics = Metrics()
         wanted = config.routing
@@ -102,10 +109,10 @@ class Gateway:
             self._go(tls.follow(self._context, config.gateway.tls), "tls")
         service = await self._make_service()
         pages = Pages(setting.replica, config.name, service, self._view.snapshot, lambda: self._events.counts)
-        self._http = HttpServer(App(service, pages))
-        answers = ServiceAnswers(service, lambda: self._view.snapshot().model_version)
+        self._answers = await self._make_answers(service)
+        self._http = HttpServer(App(service, pages, self._answers))
         self._grpc = GrpcServer(
-            answers,
+            ServiceAnswers(service, lambda: self._view.snapshot().model_version, self._answers),
             shortage=self._shortage,
             longest_s=config.gateway.request_timeout_s,
             max_request_bytes=config.gateway.max_body_bytes,
@@ -123,11 +130,23 @@ class Gateway:
         await self._http.start(listener, backlog=BACKLOG, tls=self._context)
         return port
 
+    def watch_over(self, registration: Registration) -> None:
+        """From now on, see to what gateways that die leave behind."""
+        self._reaper = Reaper(
+            self.store,
+            self._client,
+            self._view.snapshot,
+            incarnation=self.driver.incarnation,
+            steady_at=lambda: registration.steady_at,
+        )
+        self._go(self._reaper.work(), "reaper")
+
     async def stop(self, grace: float) -> None:
         """Let requests end for `grace` seconds, then end the rest."""
         assert self._grpc is not None, "it is stopped only after it was opened"
         grpc = asyncio.create_task(self._grpc.stop(grace))
         if not await self._http.stop(grace):
+            self._answers.withdraw()
             self.driver.withdraw_all()
             await self._http.stop(5)
         self._http.abort()
@@ -186,6 +205,21 @@ class Gateway:
             self.driver.kv_bytes_per_token = card.shape.kv_bytes_per_token(ELEMENT_BYTES.get(dtype, 0))
         return service
 
+    async def _make_answers(self, service: Service) -> Answers:
+        setting, config = self._setting, self._setting.config
+        wanted = config.idempotency
+        limits = Limits(
+            keep_s=wanted.keep_s,
+            open_s=config.gateway.request_timeout_s + wanted.keep_s,
+            tenant_bytes=wanted.tenant_bytes,
+            total_bytes=wanted.total_bytes,
+        )
+        journal = open_journal(setting.store_url, limits, fleet=config.name, incarnation=self.driver.incarnation)
+        answers = Answers(service, journal, wanted)
+        # Before the meter: an answer that is let go of has its record then.
+        self._stack.push_async_callback(answers.close)
+        return answers
+
     async def _make_authenticator(self) -> Authenticator:
         config = self._setting.config
         keys = KeyRing(self.store)
@@ -222,16 +256,16 @@ class Gateway:
         for group in self._view.snapshot().groups:
             if group.routable:
                 ranks[group.role] += max(1, group.dp_size)
-        # With no group ready, requests are told so at once, by the router.
-        if all(ranks.values()):
-            self._admission.set_capacity(
-                math.ceil(ranks[Role.DECODE] * wanted.running_per_decode_rank / self._replicas()),
-                math.ceil(ranks[Role.PREFILL] * wanted.tokens_per_prefill_rank / self._replicas()),
-            )
-        else:
-            self._admission.set_capacity(None)
+        # While a role has no group, requests wait for one in the pair table, or are told at once that none is coming:
+        # as many of them as one group could run, so that they are no more than memory has room for.
+        self._admission.set_capacity(
+            math.ceil(max(1, ranks[Role.DECODE]) * wanted.running_per_decode_rank / self._replicas()),
+            math.ceil(max(1, ranks[Role.PREFILL]) * wanted.tokens_per_prefill_rank / self._replicas()),
+        )
         if self._grpc is not None:
             self._grpc.health_changed()
+        if self._reaper is not None:
+            self._reaper.look()
 
     def _replicas(self) -> int:
         return max(1, len(self._view.snapshot().gateways))

@@ -27,14 +27,12 @@ from tandem.config import FleetConfig, TlsConfig
 from tandem.core.types import GatewayReplica as Record
 from tandem.gateway.access.tls import probe_context
 from tandem.gateway.assembly import Gateway, Setting
-from tandem.state import Store, StoreError
+from tandem.gateway.survival.registration import Registration
 
 log = logging.getLogger(__name__)
 
 _M_MMAP_THRESHOLD = -3
 """malloc.h"""
-REGISTRATION_S = 10.0
-"""A replica that does not renew its entry in the store for so long is taken for dead."""
 
 
 class ReplicaError(RuntimeError):
@@ -195,47 +193,37 @@ class GatewayReplica:
         async with contextlib.AsyncExitStack() as stack:
             gateway = Gateway(setting, stack)
             await gateway.open()
-            self._know_grpc(await gateway.listen(listener))
-            registration = asyncio.create_task(self._register(gateway.store, started), name="registration")
+            self._know(await gateway.listen(listener), gateway.driver.incarnation)
+            assert self._record is not None, "it was made before the thread was"
+            registration = Registration(gateway.store, self._record)
+            registering = asyncio.create_task(registration.keep(lambda: _started(started)), name="registration")
+            gateway.watch_over(registration)
             stopping = asyncio.create_task(self._stopping.wait(), name="stopping")
-            work = [*gateway.tasks, registration]
+            work = [*gateway.tasks, registering]
             try:
                 await asyncio.wait([*work, stopping], return_when=asyncio.FIRST_COMPLETED)
             finally:
                 stopping.cancel()
-                registration.cancel()
-                await asyncio.wait([registration], timeout=5)
-                await self._deregister(gateway.store)
+                await registration.retire()
                 await gateway.stop(self._grace)
+                registering.cancel()
+                await asyncio.wait([registering], timeout=5)
+                await registration.leave()
             for task in work:
                 if task.done() and not task.cancelled():
                     task.result()
 
-    def _know_grpc(self, port: int) -> None:
+    def _know(self, port: int, incarnation: str) -> None:
+        """Where it answers gRPC, and what its engine requests begin with."""
         assert self._record is not None, "it was made before the thread was"
         host, _, _ = self._record.url.partition("://")[2].rpartition(":")
-        self._record = msgspec.structs.replace(self._record, grpc=f"{host}:{port}")
+        self._record = msgspec.structs.replace(self._record, grpc=f"{host}:{port}", incarnation=incarnation)
 
-    async def _register(self, store: Store, started: Future[None]) -> None:
-        """Keep the entry in the store; with it the replica counts as started."""
-        assert self._record is not None, "it was made before the thread was"
-        key, value = f"gateways/{self.replica}", msgspec.json.encode(self._record)
-        while True:
-            try:
-                if not await store.touch(key, REGISTRATION_S):
-                    await store.put(key, value, ttl=REGISTRATION_S)
-            except StoreError as error:
-                # Requests go on without the store; the entry is made again when it is back.
-                log.warning("could not renew the gateway's registration: %s", error)
-            if not started.done():
-                started.set_result(None)
-            await asyncio.sleep(REGISTRATION_S / 3)
 
-    async def _deregister(self, store: Store) -> None:
-        try:
-            await store.delete(f"gateways/{self.replica}")
-        except StoreError as error:
-            log.warning("could not remove the gateway's registration, it expires by itself: %s", error)
+def _started(started: Future[None]) -> None:
+    """With its entry in the store the replica counts as started."""
+    if not started.done():
+        started.set_result(None)
 
 
 def raise_descriptor_limit() -> None:

@@ -69,9 +69,15 @@ class MessagesWriter:
     """A `message`, or the events of one. Has one choice only."""
 
     def __init__(
-        self, wanted: Wanted, number: str, prompts: Sequence[Sequence[int]], vocabulary: Vocabulary | None = None
+        self,
+        wanted: Wanted,
+        number: str,
+        prompts: Sequence[Sequence[int]],
+        vocabulary: Vocabulary | None = None,
+        *,
+        created: int | None = None,
     ) -> None:
-        """`prompts`: the token ids of the prompt, as a list of one."""
+        """`prompts`: the token ids of the prompt, as a list of one. Messages do not say when they were `created`."""
         self._prompt_tokens = sum(map(len, prompts))
         self._stops = sorted(wanted.stops, key=len, reverse=True) if wanted.include_stop else []
         self._shown = not isinstance(wanted, MessagesWanted) or wanted.thinking_shown

@@ -82,15 +82,21 @@ class ResponsesWriter:
     """A `response`, or the events of one. Has one choice only."""
 
     def __init__(
-        self, wanted: Wanted, number: str, prompts: Sequence[Sequence[int]], vocabulary: Vocabulary | None = None
+        self,
+        wanted: Wanted,
+        number: str,
+        prompts: Sequence[Sequence[int]],
+        vocabulary: Vocabulary | None = None,
+        *,
+        created: int | None = None,
     ) -> None:
-        """`prompts`: the token ids of the prompt, as a list of one."""
+        """`prompts`: the token ids of the prompt, as a list of one; `created` in Unix seconds, None = now."""
         self._number = number
         self._with_logprobs = wanted.logprobs is not None
         self._response: dict[str, Any] = {
             "id": "resp_" + number,
             "object": "response",
-            "created_at": int(time.time()),
+            "created_at": int(time.time()) if created is None else created,
             "model": wanted.model,
             **(wanted.asked if isinstance(wanted, ResponsesWanted) else {}),
         }

@@ -66,13 +66,21 @@ class _Base:
     name: str
 
     def __init__(
-        self, wanted: Wanted, number: str, prompts: Sequence[Sequence[int]], vocabulary: Vocabulary | None = None
+        self,
+        wanted: Wanted,
+        number: str,
+        prompts: Sequence[Sequence[int]],
+        vocabulary: Vocabulary | None = None,
+        *,
+        created: int | None = None,
     ) -> None:
-        """`number` is the reply's id; `prompts`, the token ids of each prompt; `vocabulary` is needed for `echo`."""
+        """`number` is the reply's id; `prompts`, the token ids of each prompt; `vocabulary` is needed for `echo`;
+        `created` in Unix seconds, None = now."""
         self._wanted = wanted
         self._prompts = prompts
         kind = self.kind + ".chunk" if self.chat and wanted.stream else self.kind
-        self._identity = {"id": self.name + number, "object": kind, "created": int(time.time()), "model": wanted.model}
+        begun = int(time.time()) if created is None else created
+        self._identity = {"id": self.name + number, "object": kind, "created": begun, "model": wanted.model}
         if wanted.service_tier is not None:
             self._identity["service_tier"] = "default" if wanted.service_tier == "auto" else wanted.service_tier
         head = b"data: " + encode(self._identity)[:-1] + b',"choices":['
@@ -171,9 +179,15 @@ class CompletionWriter(_Base):
     name = "cmpl-"
 
     def __init__(
-        self, wanted: Wanted, number: str, prompts: Sequence[Sequence[int]], vocabulary: Vocabulary | None = None
+        self,
+        wanted: Wanted,
+        number: str,
+        prompts: Sequence[Sequence[int]],
+        vocabulary: Vocabulary | None = None,
+        *,
+        created: int | None = None,
     ) -> None:
-        super().__init__(wanted, number, prompts, vocabulary)
+        super().__init__(wanted, number, prompts, vocabulary, created=created)
         self._echoes = [""] * wanted.choices
         if wanted.echo:
             assert vocabulary is not None, "an echo of token ids needs their text"

@@ -1,0 +1,193 @@
+"""The owner's side of an answer that is kept: writes down what is delivered, soon after it is.
+
+Nothing here waits for the journal on the way of a token: what comes within `FLUSH_S` is one entry, written in the
+background, in order. While the journal is away entries wait in memory; the stream goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+
+from tandem.core.answers import AnswerState, Appended
+from tandem.core.pair_events import Fail, Finish
+from tandem.engine.client import Ended, Logprob
+from tandem.gateway.answers.entries import Complete, Entry, Failed, Left, Tokens, encode
+from tandem.gateway.answers.journal import Journal, JournalDown
+from tandem.gateway.pairing.reply import Reply
+from tandem.gateway.pairing.ticket import Ticket
+
+log = logging.getLogger(__name__)
+
+FLUSH_S = 0.05
+RETRY_S = 0.5
+LAST_TRIES_S = 30.0
+"""An answer that is over waits so long for a journal that is away; then it is not kept."""
+
+
+class Recorder:
+    """Belongs to one owner of one answer. `listen` to its tickets, then `close` it once."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        name: str,
+        owner: str,
+        entries: int,
+        *,
+        on_fenced: Callable[[], object],
+    ) -> None:
+        """`entries`: how many the log has. `on_fenced` is called when another owner has taken the answer."""
+        self.fenced = False
+        """Another one owns the answer: nothing of what this one does counts."""
+        self.lost = False
+        """The answer is not kept any more."""
+        self.on_first: Callable[[], object] | None = None
+        """Called with the first tokens."""
+        self._journal = journal
+        self._name = name
+        self._owner = owner
+        self._place = entries
+        self._on_fenced = on_fenced
+        self._loop = asyncio.get_running_loop()
+        self._pending: list[Entry] = []
+        self._batches: deque[bytes] = deque()
+        """Encoded, and not known to be in the journal."""
+        self._failed: Failed | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._work: asyncio.Task[None] | None = None
+        self._closed = False
+
+    def listen(self, reply: Reply) -> None:
+        """Write down what becomes of the choices that are not complete."""
+        for run in reply.runs:
+            if run.ticket.end is None:
+                run.ticket.listener = _Listener(self, run.index, run.ticket)
+
+    def note(self, entry: Entry) -> None:
+        """Something has happened."""
+        if self._closed or self.fenced or self.lost:
+            return
+        if self.on_first is not None and isinstance(entry, Tokens):
+            first, self.on_first = self.on_first, None
+            first()
+        if isinstance(entry, Failed):
+            self._failed = self._failed or entry
+            return
+        last = self._pending[-1] if self._pending else None
+        if isinstance(entry, Tokens) and isinstance(last, Tokens) and _alike(last, entry):
+            last.ids.extend(entry.ids)
+            if last.logprobs is not None and entry.logprobs is not None:
+                last.logprobs.extend(entry.logprobs)
+        else:
+            self._pending.append(entry)
+        if self._timer is None and self._work is None:
+            self._timer = self._loop.call_later(FLUSH_S, self._begin)
+
+    async def close(self, left: Left | None) -> bool:
+        """It is complete, or its owner lets it go (`left`); returns whether the answer was the owner's to the end.
+
+        Takes long if the journal is away.
+        """
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._work is not None:
+            await asyncio.wait([self._work])
+        if left is not None:
+            self._pending += [left] if self._failed is None else [left, self._failed]
+        self._encode()
+        state = AnswerState.DONE if left is None else AnswerState.FREE
+        try:
+            async with asyncio.timeout(LAST_TRIES_S):
+                await self._write(state)
+        except TimeoutError:
+            log.warning("an answer is not kept any longer: its journal has been away for %g s", LAST_TRIES_S)
+        return not self.fenced
+
+    def _begin(self) -> None:
+        self._timer = None
+        self._work = asyncio.create_task(self._flush(), name="answer-journal")
+
+    async def _flush(self) -> None:
+        try:
+            while self._pending and not self._closed:
+                self._encode()
+                await self._write(AnswerState.OPEN)
+                if self._pending and not self._closed:
+                    # What comes meanwhile goes together.
+                    await asyncio.sleep(FLUSH_S)
+        finally:
+            self._work = None
+
+    def _encode(self) -> None:
+        pending, self._pending = self._pending, []
+        if pending or self._closed:
+            self._batches.append(encode(pending))
+
+    async def _write(self, last: AnswerState) -> None:
+        """Write all batches, in order; the answer is in state `last` with the last one."""
+        while self._batches and not (self.fenced or self.lost):
+            state = last if len(self._batches) == 1 else AnswerState.OPEN
+            try:
+                found = await self._journal.append(
+                    self._name, owner=self._owner, place=self._place + 1, entry=self._batches[0], state=state
+                )
+            except JournalDown as error:
+                log.debug("could not write to the journal of answers: %s", error)
+                if self._closed and last is AnswerState.OPEN:
+                    return
+                await asyncio.sleep(RETRY_S)
+                continue
+            if found is Appended.WRITTEN:
+                self._batches.popleft()
+                self._place += 1
+            elif found is Appended.FENCED:
+                self.fenced = True
+                self._on_fenced()
+            else:
+                self.lost = True
+                log.warning("an answer is not kept any longer: there is no room for it, or its journal was lost")
+
+
+class _Listener:
+    """See `TicketListener`."""
+
+    def __init__(self, recorder: Recorder, choice: int, ticket: Ticket) -> None:
+        self._recorder = recorder
+        self._choice = choice
+        self._ticket = ticket
+
+    def delivered(self, ids: list[int], logprobs: list[Logprob] | None) -> None:
+        ticket = self._ticket
+        scored = None if logprobs is None else [(one.logprob, one.token, one.top) for one in logprobs]
+        self._recorder.note(
+            Tokens(
+                choice=self._choice,
+                ids=list(ids),
+                logprobs=scored,
+                version=ticket.weight_version,
+                cached=ticket.cached_tokens,
+            )
+        )
+
+    def finished(self, end: Finish | Fail, ended: Ended | None) -> None:
+        if isinstance(end, Fail):
+            failure = end.failure
+            entry: Entry = Failed(kind=failure.kind, message=failure.message, retry_after=failure.retry_after)
+        else:
+            cached = self._ticket.cached_tokens
+            entry = Complete(choice=self._choice, reason=end.reason, ended=ended, cached=cached)
+        self._recorder.note(entry)
+
+
+def _alike(last: Tokens, entry: Tokens) -> bool:
+    """Whether they can be one entry."""
+    return (last.choice, last.version, last.cached, last.logprobs is None) == (
+        entry.choice,
+        entry.version,
+        entry.cached,
+        entry.logprobs is None,
+    )
