@@ -78,7 +78,13 @@ class GatewayConfig(_Section):
     replicas: int = Field(1, ge=1, le=256)
     request_timeout_s: Seconds = Field(600, description="A request ends with an error after this.")
     first_token_timeout_s: Seconds = Field(120, description="A pair that has produced nothing by then is given up.")
-    stall_timeout_s: Seconds = Field(60, description="A stream without a token for so long is given up.")
+    stall_timeout_s: Seconds = Field(15, description="A stream without a token for so long goes on with another pair.")
+    capacity_wait_s: float = Field(
+        60, ge=0, description="How long a request waits for a group that is starting, where none is ready."
+    )
+    confirm_kv_s: float = Field(
+        0.05, ge=0, description="How long a stream's first tokens may wait for prefill's word that the KV is good."
+    )
     max_body_bytes: int = Field(16 * 2**20, ge=1024)
     auth: Literal["auto", "required", "off"] = Field(
         "auto", description="Whether every request needs a key, token or certificate; auto = unless host is loopback."
@@ -122,7 +128,17 @@ class TimeoutConfig(_Section):
     """Deadlines of the fleet's own work."""
 
     group_start_s: Seconds = Field(300, description="A group that is not ready by then is restarted.")
+    hang_s: float = Field(
+        10,
+        ge=5,
+        le=3600,
+        description="A ready engine that shows no progress for so long is dead; blocked, for 0.6 of it.",
+    )
     drain_s: Seconds = Field(120, description="A drain that is not finished by then stops the group.")
+    migrate_s: Seconds = Field(30, description="So long before that, its streams begin to move to other groups.")
+    refresh_drain_s: Seconds = Field(
+        660, description="A group that is not empty by then keeps its weights, and the refresh fails."
+    )
     stop_s: Seconds = Field(10, description="Grace between SIGTERM and SIGKILL.")
 
 
@@ -195,6 +211,17 @@ class AdmissionConfig(_Section):
     max_waiting: int = Field(4096, ge=0, description="Requests that may wait on one gateway replica.")
 
 
+class IdempotencyConfig(_Section):
+    """Answers to requests with an `Idempotency-Key` (docs/gateway-death.md)."""
+
+    keep_s: Seconds = Field(600, description="A complete answer is given again for so long.")
+    orphan_s: float = Field(
+        30, ge=0, description="A request whose client has gone runs on for so long, as it may come back."
+    )
+    tenant_bytes: int = Field(64 * 2**20, ge=2**16, description="Kept for one tenant; then its oldest go.")
+    total_bytes: int = Field(256 * 2**20, ge=2**16, description="Kept in all; then the oldest go.")
+
+
 class PriceConfig(_Section):
     """Dollars per million tokens."""
 
@@ -263,6 +290,7 @@ class FleetConfig(_Section):
     oidc: OidcConfig | None = Field(None, description="None = no JWTs.")
     routing: RoutingConfig = Field(default_factory=RoutingConfig)
     admission: AdmissionConfig = Field(default_factory=AdmissionConfig)
+    idempotency: IdempotencyConfig = Field(default_factory=IdempotencyConfig)
     metering: MeteringConfig = Field(default_factory=MeteringConfig)
     observability: ObservabilityConfig = Field(default_factory=ObservabilityConfig)
 

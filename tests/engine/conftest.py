@@ -10,6 +10,7 @@ import pytest
 
 from support.fleet import Fleet, ephemeral, running
 from support.oracle import Oracle
+from tandem.config import PoolConfig
 from tandem.models.tiny import ensure_tiny
 
 
@@ -41,4 +42,12 @@ def oracle(tiny: Path) -> Oracle:
 def fleet(tiny: Path) -> Iterator[Fleet]:
     """The shared fleet. Tests that kill something wait until it is whole again."""
     with running(ephemeral("shared", tiny)) as fleet:
+        yield fleet
+
+
+@pytest.fixture(scope="module")
+def four_groups(tiny: Path) -> Iterator[Fleet]:
+    """Two prefill and two decode groups, each of one node."""
+    pool = PoolConfig(groups=2, nodes=1)
+    with running(ephemeral("four", tiny).model_copy(update={"prefill": pool, "decode": pool})) as fleet:
         yield fleet

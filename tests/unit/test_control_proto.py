@@ -14,6 +14,7 @@ from grpc_tools import protoc
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tandem.core.refresh import Refresh
 from tandem.core.types import DpLoad, FleetSnapshot, GroupSpec, Role
 from tandem.fleet import control_proto
 from tandem.v1 import control_pb2
@@ -35,7 +36,9 @@ def _strategy(kind: type[msgspec.Struct]) -> st.SearchStrategy[msgspec.Struct]:
         if declared in by_type:
             return by_type[declared]
         if getattr(declared, "__origin__", None) is tuple:
-            return st.lists(_strategy(declared.__args__[0]), max_size=2).map(tuple)  # type: ignore[attr-defined]
+            inner = declared.__args__[0]  # type: ignore[attr-defined]
+            items = by_type[inner] if inner in by_type else _strategy(inner)
+            return st.lists(items, max_size=2).map(tuple)
         return st.sampled_from(declared)  # type: ignore[call-overload, no-any-return]
 
     return st.builds(kind, **{item.name: field(item.type) for item in msgspec.structs.fields(kind)})
@@ -52,6 +55,12 @@ def test_a_fleet_survives_the_wire(fleet: FleetSnapshot) -> None:
 def test_a_desired_group_survives_the_wire(spec: GroupSpec) -> None:
     wire = control_proto.spec_to_proto(spec).SerializeToString()
     assert control_proto.spec_from_proto(control_pb2.GroupSpec.FromString(wire)) == spec
+
+
+@given(_strategy(Refresh))
+def test_a_refresh_survives_the_wire(refresh: Refresh) -> None:
+    wire = control_proto.refresh_to_proto(refresh).SerializeToString()
+    assert control_proto.refresh_from_proto(control_pb2.Refresh.FromString(wire)) == refresh
 
 
 @given(st.dictionaries(TEXT, st.lists(_strategy(DpLoad), max_size=2).map(tuple), max_size=2))

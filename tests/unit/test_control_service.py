@@ -14,13 +14,16 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from tandem.core.refresh import Refresh, RefreshPhase
 from tandem.core.types import DpLoad, FleetSnapshot, Group, GroupSpec, GroupState, Rank, Role
 from tandem.fleet.control_client import ControlClient, ControlError
-from tandem.fleet.control_service import SERVICE, Refused, UnknownGroup, serve_control
+from tandem.fleet.control_service import SERVICE, NoRefresh, Refused, UnknownGroup, serve_control
+from tandem.fleet.refresh_ask import RefreshAsk
 from tandem.state import StoreError
 from tandem.v1 import control_pb2, control_pb2_grpc
 
 SPEC = GroupSpec(group="decode-0", role=Role.DECODE, nodes=2)
+ASK = RefreshAsk(path="/second", version="2", canary="One and", expect="two", rollback=False, drain_s=7)
 
 
 class MemoryFleet:
@@ -32,6 +35,7 @@ class MemoryFleet:
         self.hang = False
         self.revision = 0
         self.watchers = 0
+        self.asked: RefreshAsk | None = None
         self.unwatched = asyncio.Event()
         self._changed = asyncio.Condition()
 
@@ -75,9 +79,13 @@ class MemoryFleet:
     async def cordon(self, group: str, cordoned: bool) -> GroupSpec:
         return await self._note(msgspec.structs.replace(self._known(group), cordoned=cordoned))
 
-    async def drain(self, group: str, deadline_s: float | None) -> GroupSpec:
+    async def drain(self, group: str, deadline_s: float | None, *, migrate: bool, force: bool) -> GroupSpec:
+        if force:
+            raise Refused("Nobody forces this fleet.")
         deadline = 1000 + (60 if deadline_s is None else deadline_s)
-        return await self._note(msgspec.structs.replace(self._known(group), draining=True, drain_deadline=deadline))
+        at = 1000.0 if migrate else 0.0
+        known = self._known(group)
+        return await self._note(msgspec.structs.replace(known, draining=True, drain_deadline=deadline, migrate_at=at))
 
     async def remove(self, group: str) -> None:
         del self.desired[self._known(group).group]
@@ -85,6 +93,18 @@ class MemoryFleet:
     async def load(self, group: str | None) -> Mapping[str, Sequence[DpLoad]]:
         groups = [self._known(group).group] if group else sorted(self.desired)
         return {name: [DpLoad(dp_rank=0, running=2), DpLoad(dp_rank=1, token_usage=0.5)] for name in groups}
+
+    async def refresh(self, ask: RefreshAsk) -> Refresh:
+        self.asked = ask
+        return await self.refresh_state()
+
+    async def refresh_state(self) -> Refresh:
+        if self.asked is None:
+            raise NoRefresh()
+        return Refresh(path=self.asked.path, version=self.asked.version, prompt=(1, 2), began=5.0)
+
+    async def stop_refresh(self) -> Refresh:
+        return msgspec.structs.replace(await self.refresh_state(), phase=RefreshPhase.ROLLING_BACK, stop=True)
 
 
 @dataclass
@@ -129,6 +149,45 @@ async def test_a_drain_without_a_deadline_gets_the_fleets_own(client: ControlCli
     assert (await client.drain("decode-0")).drain_deadline == 1060
 
 
+async def test_a_drain_may_move_streams_at_once_and_may_be_forced(client: ControlClient) -> None:
+    await client.put_group(SPEC)
+    assert (await client.drain("decode-0", migrate=True)).migrate_at == 1000
+    with pytest.raises(ControlError, match="Nobody forces this fleet"):
+        await client.drain("decode-0", force=True)
+
+
+async def test_a_refresh_is_asked_for_followed_and_stopped(served: Served) -> None:
+    begun = await served.client.refresh(ASK)
+    assert served.backend.asked == ASK
+    assert begun == Refresh(path="/second", version="2", prompt=(1, 2), began=5.0)
+    assert await served.client.refresh_state() == begun
+    assert (await served.client.stop_refresh()).phase is RefreshPhase.ROLLING_BACK
+
+
+async def test_a_fleet_without_a_refresh_says_so(client: ControlClient) -> None:
+    with pytest.raises(ControlError, match="have not been refreshed") as caught:
+        await client.refresh_state()
+    assert caught.value.code == "NOT_FOUND"
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"version": ""}, "version is ''; it must be 1 to 64 printable"),
+        ({"version": "a\nb"}, "it must be 1 to 64 printable"),
+        ({"path": "second"}, "model_path is 'second'; it must be an absolute path"),
+        ({"canary": "x" * 5000}, "may have 4096 characters"),
+        ({"drain_s": 0.0}, "drain_seconds is 0; it must be more than 0"),
+    ],
+)
+async def test_a_refresh_that_can_never_be_right_is_refused(
+    client: ControlClient, change: dict[str, object], sentence: str
+) -> None:
+    with pytest.raises(ControlError, match=sentence) as caught:
+        await client.refresh(msgspec.structs.replace(ASK, **change))
+    assert caught.value.code == "INVALID_ARGUMENT"
+
+
 async def test_load_is_told_by_group_and_dp_rank(client: ControlClient) -> None:
     await client.put_group(SPEC)
     await client.put_group(msgspec.structs.replace(SPEC, group="decode-1"))
@@ -168,10 +227,12 @@ async def test_an_id_that_cannot_be_one_is_refused(client: ControlClient, group:
         ({"nodes": 0}, r"spec\.nodes is 0; it must be from 1 to 64"),
         ({"gpus_per_node": 17}, r"spec\.gpus_per_node is 17; it must be from 1 to 16"),
         ({"draining": True}, "call DrainGroup"),
+        ({"migrate_at": 5.0}, "call DrainGroup"),
+        ({"weights_path": "/second"}, r"weights_path is set, but not spec\.weight_version"),
     ],
 )
 async def test_a_spec_that_can_never_be_right_is_refused(
-    client: ControlClient, change: dict[str, int], sentence: str
+    client: ControlClient, change: dict[str, object], sentence: str
 ) -> None:
     with pytest.raises(ControlError, match=sentence) as caught:
         await client.put_group(msgspec.structs.replace(SPEC, **change))

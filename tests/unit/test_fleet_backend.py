@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -11,14 +11,18 @@ import pytest
 from msgspec.structs import replace
 
 from tandem.core.group_events import Service
+from tandem.core.refresh import Refresh, RefreshPhase
 from tandem.core.types import Group, GroupSpec, GroupState, Role
 from tandem.engine.launch import RankEndpoints
 from tandem.fleet.backend import StoreBackend
-from tandem.fleet.control_service import Refused, UnknownGroup
+from tandem.fleet.control_service import NoRefresh, Refused, UnknownGroup
 from tandem.fleet.engines import Command, NoEngineError
+from tandem.fleet.refresh_ask import RefreshAsk
+from tandem.fleet.snapshot import FLEET_KEY, FleetRecord
 from tandem.state import Store, open_store
 
 SPEC = GroupSpec(group="decode-0", role=Role.DECODE, nodes=2)
+ASK = RefreshAsk(path="/second", version="2")
 
 
 class SmallEngines:
@@ -35,6 +39,19 @@ class SmallEngines:
         raise NotImplementedError
 
     def service(self, spec: GroupSpec, leader: RankEndpoints) -> Service:
+        raise NotImplementedError
+
+    def folder(self, path: str) -> str:
+        raise NotImplementedError
+
+    def check_weights(self, path: str) -> None:
+        if path == "/none":
+            raise NoEngineError("the checkpoint in /none cannot be read")
+
+    def encode(self, path: str, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, path: str, ids: Sequence[int]) -> str:
         raise NotImplementedError
 
 
@@ -123,3 +140,83 @@ async def test_a_group_that_cannot_be_reached_has_no_load(backend: StoreBackend,
     with pytest.raises(Refused, match="decode-0 is starting and has no load to tell"):
         await backend.load("decode-0")
     assert await backend.load(None) == {}
+
+
+async def put_fleet(store: Store, prefill: int = 2, decode: int = 2) -> None:
+    """A fleet that serves version 1, every group of it ready."""
+    await store.put(FLEET_KEY, msgspec.json.encode(FleetRecord(name="test", model_path="/first", model_version="1")))
+    for role, count in ((Role.PREFILL, prefill), (Role.DECODE, decode)):
+        for number in range(count):
+            name = f"{role}-{number}"
+            group = Group(group=name, role=role, epoch=1, state=GroupState.READY, weight_version="1")
+            await store.put(f"groups/{name}", msgspec.json.encode(group))
+            await store.put(f"desired/{name}", msgspec.json.encode(GroupSpec(group=name, role=role, nodes=1)))
+
+
+async def test_the_last_ready_group_of_a_role_is_drained_only_by_force(backend: StoreBackend, store: Store) -> None:
+    await put_fleet(store, decode=2)
+    await backend.drain("decode-1", 5)
+    with pytest.raises(Refused, match="decode-0 is the last decode group that is ready: "):
+        await backend.drain("decode-0", 5)
+    assert (await backend.drain("decode-0", 5, force=True)).draining
+
+
+async def test_a_drain_that_moves_streams_at_once_says_since_when(backend: StoreBackend) -> None:
+    await backend.put_group(SPEC)
+    assert (await backend.drain("decode-0", 5)).migrate_at == 0
+    assert time.time() - 5 < (await backend.drain("decode-0", 5, migrate=True)).migrate_at <= time.time()
+
+
+async def test_a_new_group_gets_the_weights_that_the_fleet_has_and_an_old_one_keeps_its_own(
+    backend: StoreBackend, store: Store
+) -> None:
+    await put_fleet(store)
+    await store.put("desired/decode-0", msgspec.json.encode(replace(SPEC, weights_path="/x", weight_version="9")))
+    assert (await backend.put_group(replace(SPEC, nodes=3))).weight_version == "9"
+    new = await backend.put_group(replace(SPEC, group="decode-7"))
+    assert (new.weights_path, new.weight_version) == ("/first", "1")
+
+
+async def test_a_refresh_is_noted_with_all_that_it_needs(backend: StoreBackend, store: Store) -> None:
+    await put_fleet(store)
+    with pytest.raises(NoRefresh):
+        await backend.refresh_state()
+    refresh = await backend.refresh(replace(ASK, canary="ab"))
+    assert (refresh.old_path, refresh.old_version, refresh.prompt) == ("/first", "1", (97, 98))
+    assert await backend.refresh_state() == refresh
+    with pytest.raises(Refused, match="A refresh to version 2 goes on"):
+        await backend.refresh(ASK)
+    assert (await backend.stop_refresh()).stop
+
+
+async def test_another_refresh_may_follow_one_that_is_over(backend: StoreBackend, store: Store) -> None:
+    await put_fleet(store)
+    over = Refresh(path="/x", version="0", phase=RefreshPhase.DONE)
+    await store.put("refresh", msgspec.json.encode(over))
+    with pytest.raises(Refused, match="to version 0 is not running: it is done"):
+        await backend.stop_refresh()
+    assert (await backend.refresh(ASK)).version == "2"
+
+
+@pytest.mark.parametrize(
+    ("ask", "decode", "sentence"),
+    [
+        (replace(ASK, version="1"), 2, "Version 1 is what the fleet has already"),
+        (replace(ASK, path="/none"), 2, "The weights cannot be taken: the checkpoint in /none cannot be read"),
+        (ASK, 1, "Service would pause: only one decode group is ready"),
+        (replace(ASK, canary="x" * 3000), 2, "The canary has 3000 tokens"),
+    ],
+)
+async def test_a_refresh_that_could_not_work_is_refused_before_anything_drains(
+    backend: StoreBackend, store: Store, ask: RefreshAsk, decode: int, sentence: str
+) -> None:
+    await put_fleet(store, decode=decode)
+    with pytest.raises(Refused, match=sentence):
+        await backend.refresh(ask)
+    with pytest.raises(NoRefresh):
+        await backend.refresh_state()
+
+
+async def test_a_pause_may_be_allowed(backend: StoreBackend, store: Store) -> None:
+    await put_fleet(store, decode=1)
+    assert (await backend.refresh(replace(ASK, allow_pause=True))).allow_pause

@@ -16,7 +16,7 @@ from tandem.core.types import GroupSpec, Role
 from tandem.engine.http1 import HttpFailure
 from tandem.engine.launch import RankEndpoints
 from tandem.fleet.engines import NoEngineError, SglangEngines
-from tandem.fleet.rooms import RoomCounter
+from tandem.fleet.rooms import RoomCounter, Rooms
 from tandem.models.tiny import tiny_config
 
 WHERE = RankEndpoints(host="127.0.0.1", http_port=16000, dist_init="127.0.0.1:16002", bootstrap_port=16001)
@@ -62,6 +62,30 @@ def test_only_a_prefill_group_tells_a_bootstrap_server(model: Path) -> None:
     assert (decode.bootstrap_host, decode.bootstrap_port) == ("", 0)
 
 
+def test_a_group_runs_the_weights_that_its_wish_names_and_else_the_fleets_own(model: Path) -> None:
+    engines = SglangEngines(FleetConfig(), model=model, name="tiny")
+    own, other = group(Role.DECODE), msgspec.structs.replace(group(Role.DECODE), weights_path="/b", weight_version="2")
+    given = [engines.command(spec, 0, WHERE).argv for spec in (own, other)]
+    assert [argv[argv.index("--model-path") + 1] for argv in given] == [str(model), "/b"]
+    assert [argv[argv.index("--weight-version") + 1] for argv in given] == ["1", "2"]
+    assert [engines.service(spec, WHERE).weight_version for spec in (own, other)] == ["1", "2"]
+
+
+def test_a_checkpoint_that_running_engines_cannot_take_is_one_sentence(model: Path, tmp_path: Path) -> None:
+    engines = SglangEngines(FleetConfig(), model=model, name="tiny")
+    with pytest.raises(NoEngineError, match="the checkpoint in /no/model cannot be read"):
+        engines.check_weights("/no/model")
+    config = json.loads((model / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(NoEngineError, match=r"holds no weights \(\*\.safetensors\)"):
+        engines.check_weights(str(tmp_path))
+    (tmp_path / "model.safetensors").touch()
+    engines.check_weights(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    with pytest.raises(NoEngineError, match="has another shape than the fleet's"):
+        engines.check_weights(str(tmp_path))
+
+
 def test_a_group_that_cannot_work_and_a_model_that_is_not_there_are_one_sentence(model: Path) -> None:
     with pytest.raises(NoEngineError, match="decode-0 cannot run: "):
         SglangEngines(FleetConfig(), model=model, name="tiny").check(group(Role.DECODE, nodes=7))
@@ -77,9 +101,20 @@ def test_they_travel_to_the_controller(model: Path) -> None:
 async def test_rooms_are_counted_in_every_queue_and_on_every_dp_rank() -> None:
     loads = [
         {"num_running_reqs": 1, "num_waiting_reqs": 2, "disaggregation": {"prefill_inflight_queue_reqs": 3}},
-        {"num_running_reqs": 4, "num_waiting_reqs": 0},
+        {"num_running_reqs": 4, "num_waiting_reqs": 0, "queues": {"grammar": 5}},
     ]
-    assert await count(json.dumps({"loads": loads})) == 10
+    assert await count(json.dumps({"loads": loads})) == 15
+
+
+async def test_a_prompt_between_two_of_its_chunks_is_a_room_although_it_is_in_no_queue() -> None:
+    assert await count(json.dumps({"loads": [{"num_waiting_uncached_tokens": 7}]})) == 1
+
+
+def test_every_dp_rank_must_have_reported_again() -> None:
+    before = Rooms(0, (1.0, 5.0))
+    assert Rooms(0, (2.0, 6.0)).later_than(before)
+    assert not Rooms(0, (2.0, 5.0)).later_than(before)
+    assert not Rooms(0, (2.0,)).later_than(before)
 
 
 async def test_an_answer_that_makes_no_sense_is_not_taken_for_no_rooms() -> None:
@@ -99,7 +134,7 @@ async def count(answer: str) -> int:
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     counter = RoomCounter()
     try:
-        return await counter.count(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        return (await counter.look(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")).requests
     finally:
         await counter.close()
         server.close()

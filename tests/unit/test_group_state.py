@@ -15,6 +15,7 @@ from tandem.core.group_events import (
     Desired,
     Event,
     Forget,
+    LoadWeights,
     Place,
     Placed,
     RankDied,
@@ -31,12 +32,17 @@ from tandem.core.group_events import (
     Tick,
     Waiting,
     WatchRooms,
+    WeightsFailed,
+    WeightsLoaded,
 )
 from tandem.core.types import GroupSpec, GroupState, Rank, RankState, Role
 
-POLICY = groups.Policy(start=30, settle=1, stable=60, backoff=1, backoff_most=8)
+POLICY = groups.Policy(start=30, settle=1, stable=60, backoff=1, backoff_most=8, migrate=30)
 SPEC = GroupSpec(group="decode-0", role=Role.DECODE, nodes=2)
-SERVICE = Service(url="http://127.0.0.1:20001", dp_size=2)
+SERVICE = Service(url="http://127.0.0.1:20001", dp_size=2, weight_version="1")
+SECOND = replace(SPEC, weights_path="/second", weight_version="2")
+LOAD = LoadWeights(epoch=1, path="/second", version="2")
+LOADED = WeightsLoaded(epoch=1, path="/second", version="2")
 TIMES = {"deadline": 1000.0}
 
 
@@ -95,6 +101,13 @@ def ready() -> Life:
 def draining() -> Life:
     life = ready().hear(Desired(spec=replace(SPEC, draining=True, drain_deadline=TIMES["deadline"]))).later(1)
     life.answers()
+    return life
+
+
+def loading() -> Life:
+    """A group that is empty and was told to load the weights of version 2."""
+    life = ready().hear(Desired(spec=SECOND)).later(1).hear(RoomsClosed(epoch=1))
+    assert life.answers() == [WatchRooms(epoch=1), LOAD]
     return life
 
 
@@ -249,6 +262,126 @@ def test_a_controller_that_comes_back_lets_go_of_a_group_that_nobody_wants_any_m
     assert life.answers() == [StopRanks(epoch=1), Release(), Forget(epoch=1)]
 
 
+def test_a_group_that_leaves_tells_when_its_streams_are_to_be_moved_shortly_before_its_deadline() -> None:
+    assert draining().record.group.migrate_at == TIMES["deadline"] - POLICY.migrate
+
+
+@pytest.mark.parametrize(
+    ("asked", "deadline", "at"), [(0.0, 110.0, 101.0), (50.0, 1000.0, 101.0), (300.0, 1000.0, 300.0)]
+)
+def test_streams_are_moved_when_asked_for_but_never_before_the_group_drains(
+    asked: float, deadline: float, at: float
+) -> None:
+    spec = replace(SPEC, draining=True, drain_deadline=deadline, migrate_at=asked)
+    assert ready().hear(Desired(spec=spec)).later(1).record.group.migrate_at == at
+
+
+def test_a_repeated_drain_sets_deadline_and_migration_anew() -> None:
+    spec = replace(SPEC, draining=True, drain_deadline=2000.0)
+    assert draining().hear(Desired(spec=spec)).record.group.migrate_at == 1970.0
+
+
+def test_a_group_that_is_not_leaving_moves_nothing() -> None:
+    assert ready().record.group.migrate_at == 0
+    assert draining().hear(RankDied(epoch=1, rank=0, reason="exited")).record.group.migrate_at == 0
+
+
+def test_other_weights_are_loaded_in_place_once_the_group_is_empty() -> None:
+    life = ready().hear(Desired(spec=SECOND))
+    assert (life.state, life.answers()) == (GroupState.CORDONED, [])
+    assert life.record.group.reason == "is about to take weight version 2"
+    life.later(1)
+    assert (life.state, life.answers()) == (GroupState.DRAINING, [WatchRooms(epoch=1)])
+    assert life.record.group.migrate_at == life.now
+    life.hear(RoomsClosed(epoch=1))
+    assert (life.answers(), life.record.group.loading) == ([LOAD], "2")
+    life.hear(LOADED)
+    group = life.record.group
+    assert (life.state, life.epoch, life.answers()) == (GroupState.READY, 1, [])
+    assert (group.weight_version, group.weights_path, group.loading, group.migrate_at) == ("2", "/second", "", 0)
+
+
+def test_weights_that_cannot_be_taken_cost_an_epoch_and_the_old_ones_come_back() -> None:
+    life = loading().hear(WeightsFailed(epoch=1, version="2", reason="no such folder"), Stopped(epoch=1))
+    assert "could not take weight version 2: no such folder" in life.record.group.reason
+    life.answers()
+    life.hear(*up(2))
+    assert life.answers() == [StartRanks(epoch=2, spec=replace(SPEC, weight_version="1"))]
+    assert (life.state, life.record.group.weight_version, life.record.group.refused) == (GroupState.READY, "1", "2")
+    assert life.later(1000).answers() == []
+
+
+def test_a_group_that_dies_while_it_loads_does_not_try_those_weights_again() -> None:
+    life = loading().hear(RankDied(epoch=1, rank=1, reason="exited"), Stopped(epoch=1), *up(2))
+    assert (life.state, life.record.group.weight_version, life.record.group.refused) == (GroupState.READY, "1", "2")
+
+
+def test_weights_that_were_refused_are_tried_again_when_others_were_wanted_in_between() -> None:
+    life = loading().hear(WeightsFailed(epoch=1, version="2", reason="bad"), Stopped(epoch=1), *up(2))
+    life.hear(Desired(spec=SPEC))
+    assert (life.state, life.record.group.refused) == (GroupState.READY, "")
+    assert life.hear(Desired(spec=SECOND)).state is GroupState.CORDONED
+
+
+def test_a_group_that_dies_before_it_loads_comes_back_with_its_own_weights_and_takes_the_others_then() -> None:
+    life = ready().hear(Desired(spec=SECOND)).later(1)
+    life.hear(RankDied(epoch=1, rank=1, reason="exited"), Stopped(epoch=1), *up(2))
+    assert life.asked[-1] == StartRanks(epoch=2, spec=replace(SECOND, weights_path="", weight_version="1"))
+    assert (life.state, life.record.group.weight_version) == (GroupState.CORDONED, "1")
+    life.later(1).hear(RoomsClosed(epoch=2))
+    assert life.asked[-1] == replace(LOAD, epoch=2)
+
+
+def test_a_group_restarts_with_the_weights_that_it_has_taken() -> None:
+    life = loading().hear(LOADED, RankDied(epoch=1, rank=0, reason="exited"), Stopped(epoch=1), Placed(epoch=2))
+    assert life.answers()[-1] == StartRanks(epoch=2, spec=SECOND)
+
+
+def test_a_new_group_starts_with_the_weights_it_should_have() -> None:
+    life = Life(groups.new(SECOND, policy=POLICY)).hear(Desired(spec=SECOND), Placed(epoch=1))
+    assert life.answers()[-1] == StartRanks(epoch=1, spec=SECOND)
+    assert not life.record.group.weight_version
+
+
+def test_a_new_group_whose_weights_are_bad_starts_again_with_other_ones_when_told() -> None:
+    life = Life(groups.new(SECOND, policy=POLICY)).hear(Desired(spec=SECOND), Placed(epoch=1))
+    life.hear(Desired(spec=SPEC), RankDied(epoch=1, rank=0, reason="exited"), Stopped(epoch=1), Placed(epoch=2))
+    assert life.answers()[-1] == StartRanks(epoch=2, spec=SPEC)
+
+
+def test_a_change_of_mind_before_the_weights_are_loaded_costs_nothing() -> None:
+    life = ready().hear(Desired(spec=SECOND)).later(1).hear(Desired(spec=SPEC))
+    assert (life.state, life.epoch, life.answers()) == (GroupState.READY, 1, [WatchRooms(epoch=1)])
+    assert life.hear(RoomsClosed(epoch=1)).answers() == []
+
+
+def test_a_change_of_mind_while_they_are_loaded_loads_the_old_ones_after_them() -> None:
+    life = loading().hear(Desired(spec=replace(SPEC, weight_version="1")), LOADED)
+    assert life.answers() == [LoadWeights(epoch=1, path="", version="1")]
+    assert life.hear(WeightsLoaded(epoch=1, path="", version="1")).state is GroupState.READY
+
+
+@pytest.mark.parametrize(("spec", "path", "version"), [(SECOND, "/second", "2"), (SPEC, "", "1")])
+def test_a_controller_that_comes_back_in_the_middle_of_a_load_repeats_it_or_undoes_it(
+    spec: GroupSpec, path: str, version: str
+) -> None:
+    group = loading().record.group
+    life = Life(groups.adopt(group, spec, policy=POLICY, now=500)).hear(Adopted(epoch=1, ranks=group.ranks))
+    life.hear(RoomsClosed(epoch=1))
+    assert life.answers() == [WatchRooms(epoch=1), LoadWeights(epoch=1, path=path, version=version)]
+
+
+def test_a_group_that_should_leave_does_not_wait_for_its_weights() -> None:
+    life = loading().hear(Desired(spec=replace(SECOND, draining=True, drain_deadline=1e9)))
+    assert life.answers() == [StopRanks(epoch=1)]
+    assert life.hear(LOADED, Stopped(epoch=1), Released()).state is GroupState.GONE
+
+
+def test_a_cordoned_group_takes_its_weights_and_stays_cordoned() -> None:
+    life = ready().hear(Desired(spec=replace(SECOND, cordoned=True))).later(1).hear(RoomsClosed(epoch=1), LOADED)
+    assert (life.state, life.record.group.reason) == (GroupState.CORDONED, "cordoned")
+
+
 ALLOWED = {
     GroupState.GONE: {GroupState.STARTING},
     GroupState.STARTING: {GroupState.READY, GroupState.CORDONED, GroupState.DRAINING, GroupState.FAILED},
@@ -266,6 +399,11 @@ ALLOWED = {
 ranks = st.integers(0, 1)
 
 
+def path(version: str) -> str:
+    """Folder of a weight version; that of the first is the fleet's own."""
+    return f"/{version}" if version > "1" else ""
+
+
 class AnyLife(RuleBasedStateMachine):
     """A world that does to one group whatever can be done to it, in any order, and remembers what really runs."""
 
@@ -280,6 +418,10 @@ class AnyLife(RuleBasedStateMachine):
         self.releasing = False
         self.placed = False
         self.watching: int | None = None
+        self.loading: LoadWeights | None = None
+        self.held = ""
+        """Weight version that the engines really have; "?" while it is being changed."""
+        self.seen_empty = False
 
     def hear(self, event: Event) -> None:
         before = self.record
@@ -305,11 +447,18 @@ class AnyLife(RuleBasedStateMachine):
                 assert not self.running, "ranks of an old epoch still run"
                 assert self.placed
                 self.running = {(epoch, rank) for rank in range(2)}
+                self.held = action.spec.weight_version or "1"
+            case LoadWeights(epoch=epoch):
+                assert self.record.group.state is GroupState.DRAINING
+                assert self.seen_empty, "weights changed under requests"
+                assert {of for of, _ in self.running} == {epoch}
+                assert self.record.group.loading == action.version, "a controller that comes back would not know"
+                self.loading, self.held = action, "?"
             case StopRanks(epoch=epoch):
                 assert all(of <= epoch for of, _ in self.running)
-                self.stopping = epoch
+                self.stopping, self.loading = epoch, None
             case WatchRooms(epoch=epoch):
-                self.watching = epoch
+                self.watching, self.seen_empty = epoch, False
             case Release():
                 assert not self.running, "nodes given back with ranks on them"
                 self.releasing, self.placing = True, None
@@ -319,10 +468,29 @@ class AnyLife(RuleBasedStateMachine):
                 assert self.record.group.state is GroupState.GONE
                 assert self.spec is None or self.spec.draining
 
-    @rule(cordoned=st.booleans(), gpus=st.sampled_from([1, 1, 1, 2]))
-    def want(self, cordoned: bool, gpus: int) -> None:
-        self.spec = replace(SPEC, cordoned=cordoned, gpus_per_node=gpus)
+    @rule(cordoned=st.booleans(), gpus=st.sampled_from([1, 1, 1, 2]), version=st.sampled_from(["", "1", "2", "3"]))
+    def want(self, cordoned: bool, gpus: int, version: str) -> None:
+        self.spec = replace(SPEC, cordoned=cordoned, gpus_per_node=gpus, weights_path=path(version))
+        self.spec = replace(self.spec, weight_version=version)
         self.hear(Desired(spec=self.spec))
+
+    @precondition(lambda self: self.spec is not None and not self.spec.draining and self.record.group.routable)
+    @rule(version=st.sampled_from(["1", "2", "3"]))
+    def refresh(self, version: str) -> None:
+        assert self.spec is not None
+        self.spec = replace(self.spec, weights_path=path(version), weight_version=version)
+        self.hear(Desired(spec=self.spec))
+
+    @precondition(lambda self: self.loading is not None)
+    @rule(good=st.booleans())
+    def weights_end(self, good: bool) -> None:
+        assert self.loading is not None
+        asked, self.loading = self.loading, None
+        if good:
+            self.held = asked.version
+            self.hear(WeightsLoaded(epoch=asked.epoch, path=asked.path, version=asked.version))
+        else:
+            self.hear(WeightsFailed(epoch=asked.epoch, version=asked.version, reason="bad"))
 
     @precondition(lambda self: self.spec is not None and not self.spec.draining)
     @rule(limit=st.sampled_from([0.0, 5.0, 1e6]))
@@ -347,6 +515,22 @@ class AnyLife(RuleBasedStateMachine):
         self.placing = None
         self.hear(Placed(epoch=epoch) if outcome == "placed" else StartFailed(epoch=epoch, reason="cannot be placed"))
 
+    @precondition(lambda self: self.placing is not None)
+    @rule()
+    def comes_up(self) -> None:
+        """All at once, or what can happen to a group that serves would seldom be seen."""
+        self.place("placed")
+        for rank in (1, 0):
+            if self.running:
+                self.rank_gets_ready(rank)
+
+    @precondition(lambda self: self.record.group.state is GroupState.CORDONED)
+    @rule()
+    def runs_empty(self) -> None:
+        self.time_passes(2.0)
+        if self.watching is not None:
+            self.rooms_close()
+
     @precondition(lambda self: self.running)
     @rule(rank=ranks)
     def rank_starts(self, rank: int) -> None:
@@ -358,7 +542,10 @@ class AnyLife(RuleBasedStateMachine):
     def rank_gets_ready(self, rank: int) -> None:
         epoch = max(epoch for epoch, _ in self.running)
         if (epoch, rank) in self.running:
-            self.hear(RankReady(epoch=epoch, rank=rank, service=SERVICE if rank == 0 else None))
+            self.hear(RankReady(epoch=epoch, rank=rank, service=self.service() if rank == 0 else None))
+
+    def service(self) -> Service:
+        return replace(SERVICE, weight_version=self.held)
 
     @precondition(lambda self: self.running)
     @rule(rank=ranks)
@@ -386,6 +573,7 @@ class AnyLife(RuleBasedStateMachine):
     def rooms_close(self) -> None:
         assert self.watching is not None
         epoch, self.watching = self.watching, None
+        self.seen_empty = self.record.group.state is GroupState.DRAINING
         self.hear(RoomsClosed(epoch=epoch))
 
     @rule(seconds=st.sampled_from([0.5, 2.0, 31.0, 100.0]))
@@ -407,6 +595,8 @@ class AnyLife(RuleBasedStateMachine):
                     RankDied(epoch=epoch, rank=rank, reason="late"),
                     StartFailed(epoch=epoch, reason="late"),
                     RoomsClosed(epoch=epoch),
+                    WeightsLoaded(epoch=epoch, path="/2", version="2"),
+                    WeightsFailed(epoch=epoch, version="2", reason="late"),
                     Stopped(epoch=epoch),
                 ]
             )
@@ -421,7 +611,7 @@ class AnyLife(RuleBasedStateMachine):
     def controller_comes_back(self) -> None:
         group = self.record.group
         self.record = groups.adopt(group, self.spec, policy=POLICY, now=self.now)
-        self.placing = self.stopping = self.watching = None
+        self.placing = self.stopping = self.watching = self.loading = None
         self.releasing = False
         alive = {(group.epoch, rank.rank) for rank in group.ranks} == self.running and self.running
         if group.state in groups.SERVING or group.state is GroupState.STARTING:
@@ -439,6 +629,20 @@ class AnyLife(RuleBasedStateMachine):
             assert group.url
             assert all(rank.state is RankState.READY for rank in group.ranks)
             assert {epoch for epoch, _ in self.running} == {group.epoch}
+
+    @invariant()
+    def what_takes_requests_has_the_weights_that_it_tells(self) -> None:
+        group = self.record.group
+        if group.routable:
+            assert (group.weight_version, group.loading) == (self.held, "")
+            assert group.weights_path == path(group.weight_version) or group.weight_version == "1"
+
+    @invariant()
+    def streams_are_moved_only_off_a_group_that_drains(self) -> None:
+        group = self.record.group
+        if group.migrate_at and not self.record.stopping:
+            assert group.state is GroupState.DRAINING
+            assert group.migrate_at >= group.since
 
     @invariant()
     def gone_means_nothing_runs(self) -> None:
@@ -466,6 +670,8 @@ class AnyLife(RuleBasedStateMachine):
                     self.rank_gets_ready(rank)
             elif self.watching is not None:
                 self.rooms_close()
+            elif self.loading is not None:
+                self.weights_end(True)
             elif (due := groups.wake_at(self.record)) is not None:
                 self.now = max(self.now, due)
                 self.hear(Tick())
@@ -475,7 +681,9 @@ class AnyLife(RuleBasedStateMachine):
             assert self.record.group.state is GroupState.GONE
             assert not self.placed
         else:
-            assert self.record.group.state is (GroupState.CORDONED if self.spec.cordoned else GroupState.READY)
+            group = self.record.group
+            assert group.state is (GroupState.CORDONED if self.spec.cordoned else GroupState.READY)
+            assert self.spec.weight_version in ("", group.refused, group.weight_version)
 
 
 TestAnyLife = AnyLife.TestCase

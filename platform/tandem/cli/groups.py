@@ -17,13 +17,17 @@ from tandem.fleet.plan import group_name, pool_of
 def drain(
     group: Annotated[str, typer.Argument(metavar="GROUP", help="As `tandem status` names it.")],
     deadline: Annotated[float | None, typer.Option(help="Seconds after which it stops anyway.")] = None,
+    migrate: Annotated[
+        bool, typer.Option("--migrate", help="Move its streams to other groups at once, not only near the deadline.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also the last ready group of its role.")] = False,
     wait: Annotated[bool, typer.Option(help="Return only when it is gone.")] = True,
     fleet: FleetName = "laptop",
 ) -> None:
-    """Take a group out: no new requests, what runs ends, then it stops."""
+    """Take a group out: no new requests, what runs ends or moves to other groups, then it stops."""
     console = make_console()
     with console.status(f"draining {group} …"):
-        run(with_control(fleet, lambda client: _drain(client, group, deadline, wait)))
+        run(with_control(fleet, lambda client: _drain(client, group, deadline, migrate, force, wait)))
     console.print(f"{group} is gone" if wait else f"{group} is draining")
 
 
@@ -32,7 +36,8 @@ def scale(
     groups: Annotated[int, typer.Argument(metavar="N", min=0, help="How many groups it shall have.")],
     fleet: FleetName = "laptop",
 ) -> None:
-    """Change the number of groups of a pool. Surplus groups are drained, those with the highest numbers first."""
+    """Change the number of groups of a pool. Surplus groups are drained, those with the highest numbers first; their
+    streams move to the others."""
     added, removed = run(_scale_fleet(fleet, role, groups))
     console = make_console()
     console.print(f"{role}: {groups} groups" + _list(", starting", added) + _list(", draining", removed))
@@ -42,8 +47,10 @@ def _list(word: str, names: list[str]) -> str:
     return f"{word} {', '.join(names)}" if names else ""
 
 
-async def _drain(client: ControlClient, group: str, deadline: float | None, wait: bool) -> None:
-    await client.drain(group, deadline)
+async def _drain(
+    client: ControlClient, group: str, deadline: float | None, migrate: bool, force: bool, wait: bool
+) -> None:
+    await client.drain(group, deadline, migrate=migrate, force=force)
     if not wait:
         return
     async for snapshot in client.watch():
@@ -66,7 +73,7 @@ async def _scale(client: ControlClient, role: Role, pool: PoolConfig, wanted: in
         await client.put_group(spec)
     removed = [spec.group for spec in have[wanted:]]
     for name in removed:
-        await client.drain(name, None)
+        await client.drain(name, None, migrate=True, force=wanted == 0)
     return added, removed
 
 

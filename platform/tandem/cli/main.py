@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from tandem.cli import bench, chat, demo, doctor, down, groups, keys, model, status, up, usage
+from tandem.cli import bench, chat, demo, doctor, down, groups, keys, model, refresh, simulate, status, up, usage
 
 app = typer.Typer(
     name="tandem",
@@ -19,9 +19,11 @@ app.command()(status.status)
 app.command()(chat.chat)
 app.command()(groups.drain)
 app.command()(groups.scale)
+app.command()(refresh.refresh)
 app.command()(doctor.doctor)
 app.command()(demo.demo)
 app.command()(bench.bench)
 app.command()(usage.usage)
 app.add_typer(keys.app)
 app.add_typer(model.app)
+app.add_typer(simulate.app)

@@ -6,7 +6,9 @@ Rules that it keeps:
 - What an old epoch still says changes nothing.
 - Restarts go on for ever, at growing intervals, and the group always says why it is not ready.
 - A group that leaves keeps its streams until the last room is closed or the deadline has passed; one that was never
-  ready, or is told to go at once, does not wait.
+  ready, or is told to go at once, does not wait. Shortly before the deadline gateways move its streams elsewhere.
+- Other weights are taken in place, by a group that is empty: cordon, drain, load, ready again at the same epoch. A
+  group that cannot take them starts again with those that it had, and does not try them again until told other ones.
 
 The caller stores each new record before it carries out the actions: an epoch that has run is then never used again,
 also when the caller dies in between.
@@ -14,7 +16,6 @@ also when the caller dies in between.
 
 from __future__ import annotations
 
-import msgspec
 from msgspec.structs import replace
 
 from tandem.core.group_events import (
@@ -23,6 +24,7 @@ from tandem.core.group_events import (
     Desired,
     Event,
     Forget,
+    LoadWeights,
     Place,
     Placed,
     RankDied,
@@ -31,106 +33,34 @@ from tandem.core.group_events import (
     Release,
     Released,
     RoomsClosed,
-    Service,
     StartFailed,
     StartRanks,
     Stopped,
     StopRanks,
     Waiting,
     WatchRooms,
+    WeightsFailed,
+    WeightsLoaded,
+)
+from tandem.core.group_record import (
+    SERVING,
+    Policy,
+    Record,
+    adopt,
+    all_ready,
+    enter,
+    new,
+    put_rank,
+    reached,
+    silent,
+    up_to_date,
+    wake_at,
+    wanted_weights,
+    with_own_weights,
 )
 from tandem.core.types import Group, GroupSpec, GroupState, Rank, RankState
 
-SERVING = frozenset({GroupState.READY, GroupState.CORDONED, GroupState.DRAINING})
-"""States in which requests may still run."""
-
-
-class Policy(msgspec.Struct, frozen=True, kw_only=True):
-    """Times in seconds."""
-
-    start: float = 300.0
-    """From its placement, a group that is not ready by then is restarted."""
-    settle: float = 1.0
-    """A cordon is known to every gateway by then, so an empty group stays empty."""
-    stable: float = 60.0
-    """A group that was ready for so long starts again without delay when it fails."""
-    backoff: float = 1.0
-    """Delay before the second restart in a row; it doubles with each further one. The first one is immediate."""
-    backoff_most: float = 60.0
-
-    def delay(self, failures: int) -> float:
-        """Seconds to wait before the restart that follows the n-th failure in a row."""
-        if failures <= 1:
-            return 0.0
-        return float(min(self.backoff_most, self.backoff * 2.0 ** min(failures - 2, 30)))
-
-
-class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """A group and what its state machine remembers about it. Only `group` is stored; `adopt` makes do with that."""
-
-    group: Group
-    spec: GroupSpec | None
-    policy: Policy
-    service: Service | None = None
-    live: int = 0
-    """Epoch whose ranks may be running; 0 = none."""
-    begun: bool = False
-    """StartRanks was asked for in this epoch."""
-    gpus: int = 0
-    """GPUs per node that this epoch was placed with."""
-    shape: tuple[int, int] | None = None
-    """Nodes and GPUs per node of the placement that is held or asked for."""
-    stopping: bool = False
-    releasing: bool = False
-    watched: bool = False
-    """WatchRooms was asked for in this drain."""
-    empty: bool = False
-    """RoomsClosed came in this drain."""
-    forgotten: bool = False
-    failures: int = 0
-    """In a row."""
-    cause: str = ""
-    """Of the failure that it has not recovered from yet."""
-    retry_at: float = 0.0
-    start_by: float | None = None
-    ready_since: float | None = None
-
-
-def new(spec: GroupSpec, *, policy: Policy, epoch: int = 0) -> Record:
-    """The record of a group that does not exist yet. `epoch`: the last one that a group of this name had."""
-    return Record(
-        group=Group(group=spec.group, role=spec.role, epoch=epoch, state=GroupState.GONE), spec=None, policy=policy
-    )
-
-
-def adopt(group: Group, spec: GroupSpec | None, *, policy: Policy, now: float) -> Record:
-    """The record of a group found in the store by a controller that knows nothing else about it.
-
-    Follow with `Adopted` when all its ranks are found alive, with `RankDied` when not, with `Tick` when it is neither
-    starting nor serving.
-    """
-    gone = group.state is GroupState.GONE
-    service = Service(
-        url=group.url,
-        bootstrap_host=group.bootstrap_host,
-        bootstrap_port=group.bootstrap_port,
-        dp_size=group.dp_size,
-        weight_version=group.weight_version,
-    )
-    gpus = spec.gpus_per_node if spec else 1
-    return Record(
-        group=group,
-        spec=spec,
-        policy=policy,
-        service=service if group.url else None,
-        live=0 if gone else group.epoch,
-        begun=True,
-        gpus=gpus,
-        # Whatever the state, a placement may be there and must be given back in the end.
-        shape=(len(group.ranks), gpus) if group.ranks else None,
-        start_by=now + policy.start if group.state is GroupState.STARTING else None,
-        ready_since=group.since if group.state in SERVING else None,
-    )
+__all__ = ["SERVING", "Policy", "Record", "adopt", "new", "step", "wake_at", "with_own_weights"]
 
 
 def step(record: Record, event: Event, now: float) -> tuple[Record, tuple[Action, ...]]:
@@ -140,21 +70,6 @@ def step(record: Record, event: Event, now: float) -> tuple[Record, tuple[Action
         return record, ()
     actions: list[Action] = []
     return _advance(taken, now, actions), tuple(actions)
-
-
-def wake_at(record: Record) -> float | None:
-    """When to send the next Tick (Unix seconds), None = no need."""
-    group, spec = record.group, record.spec
-    if record.stopping or record.releasing:
-        return None
-    if group.state is GroupState.STARTING:
-        return record.start_by
-    if group.state is GroupState.FAILED:
-        return record.retry_at
-    if group.state in SERVING and spec is not None and spec.draining:
-        settled = group.since + record.policy.settle
-        return min(spec.drain_deadline, settled) if group.state is GroupState.CORDONED else spec.drain_deadline
-    return None
 
 
 # -- what an event says
@@ -167,18 +82,27 @@ def _take(record: Record, event: Event, now: float) -> Record | None:
     if isinstance(event, Stopped):
         if not record.stopping or epoch != record.live:
             return None
-        return replace(record, live=0, stopping=False, start_by=None, ready_since=None, group=_silent(group))
+        return replace(record, live=0, stopping=False, start_by=None, ready_since=None, group=silent(group))
     if epoch != group.epoch:
         return None
     match event:
         case Desired(spec=spec):
-            return replace(record, spec=spec)
+            if spec is not None and spec.weight_version != group.refused:
+                group = replace(group, refused="")  # told other weights since, it may try these again
+            return replace(record, spec=spec, group=group)
         case Released():
             return replace(record, shape=None, releasing=False) if record.releasing else None
         case RoomsClosed():
             return replace(record, empty=True) if group.state is GroupState.DRAINING else None
+        case WeightsLoaded(path=path, version=version) if record.loading and version == group.loading:
+            group = replace(group, weights_path=path, weight_version=version, loading="")
+            return replace(record, group=group, loading=False)
+        case WeightsFailed(version=version, reason=reason) if record.loading and version == group.loading:
+            return _fail(record, f"could not take weight version {version}: {reason}", now)
+        case WeightsLoaded() | WeightsFailed():
+            return None
         case RankDied(rank=rank, reason=reason) if record.live:
-            group = _put_rank(group, replace(group.ranks[rank], state=RankState.DEAD, detail=reason))
+            group = put_rank(group, replace(group.ranks[rank], state=RankState.DEAD, detail=reason))
             return _fail(replace(record, group=group), f"rank {rank} {reason}", now)
         case StartFailed(reason=reason):
             return _fail(record, reason, now)
@@ -200,9 +124,9 @@ def _started(record: Record, event: Placed | Waiting | RankStarted | RankReady, 
             group = replace(group, reason=_why_again(record))
             return replace(record, group=group, start_by=now + record.policy.start, live=group.epoch)
         case RankStarted(rank=rank) if group.ranks[rank.rank].state is RankState.PENDING:
-            return replace(record, group=_put_rank(group, rank))
+            return replace(record, group=put_rank(group, rank))
         case RankReady(rank=number, service=service) if record.live:
-            group = _put_rank(group, replace(group.ranks[number], state=RankState.READY, detail=""))
+            group = put_rank(group, replace(group.ranks[number], state=RankState.READY, detail=""))
             return replace(record, group=group, service=service or record.service)
     return None
 
@@ -218,13 +142,16 @@ def _fail(record: Record, reason: str, now: float) -> Record:
     if record.spec is not None and not record.spec.draining:
         wait = f" in {delay:.0f} s" if delay else ""
         then = f"; restarts at epoch {record.group.epoch + 1}{wait} (failure {failures} in a row)"
-    group = _enter(record.group, GroupState.FAILED, now, reason + then)
+    group = record.group
+    if group.loading and group.state in SERVING:  # whatever it died of: these weights are not tried again
+        group = replace(group, loading="", refused=group.loading)
+    group = replace(enter(group, GroupState.FAILED, now, reason + then), migrate_at=0.0)
     return replace(record, group=group, cause=reason, failures=failures, retry_at=now + delay, start_by=None)
 
 
 def _adopted(record: Record, ranks: tuple[Rank, ...], now: float) -> Record:
     record = replace(record, group=replace(record.group, ranks=ranks))
-    if record.group.state in SERVING and not _all_ready(record.group):
+    if record.group.state in SERVING and not all_ready(record.group):
         return _fail(record, "a rank lost its readiness while the controller was away", now)
     return record
 
@@ -247,11 +174,11 @@ def _run(record: Record, now: float, actions: list[Action]) -> Record:
         record = _start(record, now)
     if record.group.state is not GroupState.FAILED:
         if reason := _reason_to_stop(record, now):
-            group = replace(_enter(record.group, GroupState.DRAINING, now, reason), reason=reason)
+            group = replace(enter(record.group, GroupState.DRAINING, now, reason), reason=reason)
             record = replace(record, group=group)
         elif record.group.state is GroupState.STARTING:
             if not record.begun:
-                actions.append(StartRanks(epoch=record.live, spec=_wanted(record)))
+                actions.append(StartRanks(epoch=record.live, spec=with_own_weights(_wanted(record), record.group)))
             return replace(record, begun=True)
         else:
             return _serve(record, now, actions)
@@ -262,8 +189,8 @@ def _run(record: Record, now: float, actions: list[Action]) -> Record:
 def _start(record: Record, now: float) -> Record:
     """A starting group becomes ready when every rank is, or fails when it takes too long."""
     group, service = record.group, record.service
-    if service is not None and _all_ready(group):
-        group = _reached(_enter(group, GroupState.READY, now, ""), service)
+    if service is not None and all_ready(group):
+        group = reached(enter(group, GroupState.READY, now, ""), service)
         return replace(record, group=group, cause="", ready_since=now)
     if record.start_by is not None and now >= record.start_by:
         late = ", ".join(str(rank.rank) for rank in group.ranks if rank.state is not RankState.READY)
@@ -274,16 +201,26 @@ def _start(record: Record, now: float) -> Record:
 def _serve(record: Record, now: float, actions: list[Action]) -> Record:
     """Give a serving group the state that is asked for; a drain begins with a cordon that every gateway has seen."""
     spec, group = _wanted(record), record.group
-    if not spec.draining:
+    if not spec.draining and up_to_date(spec, group):
         state, reason = (GroupState.CORDONED, "cordoned") if spec.cordoned else (GroupState.READY, "")
-        return replace(record, group=_enter(group, state, now, reason), watched=False, empty=False)
+        group = replace(enter(group, state, now, reason), reason=reason, migrate_at=0.0)
+        return replace(record, group=group, watched=False, empty=False)
+    weights = wanted_weights(spec, group)
     if group.state is GroupState.READY:
-        group = _enter(group, GroupState.CORDONED, now, "is about to drain")
+        why = "is about to drain" if spec.draining else f"is about to take weight version {weights.version}"
+        group = enter(group, GroupState.CORDONED, now, why)
     if group.state is GroupState.CORDONED and now >= group.since + record.policy.settle:
-        group = _enter(group, GroupState.DRAINING, now, "waits for its last room to close")
-    if group.state is GroupState.DRAINING and not record.watched:
-        actions.append(WatchRooms(epoch=group.epoch))
-        record = replace(record, watched=True)
+        group = enter(group, GroupState.DRAINING, now, "waits for its last room to close")
+    if group.state is GroupState.DRAINING:
+        group = replace(group, migrate_at=_migrate_at(record, group.since))
+        if not record.watched:
+            actions.append(WatchRooms(epoch=group.epoch))
+            record = replace(record, watched=True)
+        elif record.empty and not record.loading:
+            # Stored first: a controller that comes back must not believe that the old ones are still there.
+            group = replace(group, loading=weights.version, reason=f"takes weight version {weights.version}")
+            actions.append(LoadWeights(epoch=group.epoch, path=weights.path, version=weights.version))
+            record = replace(record, loading=True)
     return replace(record, group=group)
 
 
@@ -301,12 +238,12 @@ def _rest(record: Record, now: float, actions: list[Action]) -> Record:
             return _next_epoch(record, spec, now, actions)
     if record.shape is not None:
         if group.state is GroupState.STARTING:
-            group = _enter(group, GroupState.DRAINING, now, "told to stop" if leaves else "takes another shape")
+            group = enter(group, GroupState.DRAINING, now, "told to stop" if leaves else "takes another shape")
         actions.append(Release())
         return replace(record, releasing=True, group=group)
     if not record.forgotten:
         actions.append(Forget(epoch=group.epoch))
-    return replace(record, group=_enter(group, GroupState.GONE, now, group.reason), forgotten=True)
+    return replace(record, group=enter(group, GroupState.GONE, now, group.reason), forgotten=True)
 
 
 def _next_epoch(record: Record, spec: GroupSpec, now: float, actions: list[Action]) -> Record:
@@ -319,6 +256,11 @@ def _next_epoch(record: Record, spec: GroupSpec, now: float, actions: list[Actio
         reason=_why_again(record),
         since=now,
         ranks=tuple(Rank(rank=rank) for rank in range(spec.nodes)),
+        # Those that it served last: other ones have to show first, in a group that runs, that they answer well.
+        weights_path=last.weights_path if last.weight_version else spec.weights_path,
+        weight_version=last.weight_version,
+        loading="" if last.weight_version else spec.weight_version,
+        refused=last.refused,
     )
     actions.append(Place(epoch=group.epoch, spec=spec))
     return Record(
@@ -351,6 +293,14 @@ def _reason_to_stop(record: Record, now: float) -> str:
     return "stopped at its drain deadline" if now >= spec.drain_deadline else ""
 
 
+def _migrate_at(record: Record, since: float) -> float:
+    """When the streams of a group that drains since then are to be moved."""
+    spec = _wanted(record)
+    if not spec.draining:
+        return since
+    return max(since, spec.migrate_at or spec.drain_deadline - record.policy.migrate)
+
+
 def _why_again(record: Record) -> str:
     """Why a group that is starting does so, if not for the first time."""
     return f"restarts, since {record.cause}" if record.cause else ""
@@ -359,32 +309,3 @@ def _why_again(record: Record) -> str:
 def _wanted(record: Record) -> GroupSpec:
     assert record.spec is not None, "a group that nobody wants is stopped before this"
     return record.spec
-
-
-def _all_ready(group: Group) -> bool:
-    return all(rank.state is RankState.READY for rank in group.ranks)
-
-
-def _enter(group: Group, state: GroupState, now: float, reason: str) -> Group:
-    return group if group.state is state else replace(group, state=state, since=now, reason=reason)
-
-
-def _reached(group: Group, service: Service) -> Group:
-    return replace(
-        group,
-        url=service.url,
-        bootstrap_host=service.bootstrap_host,
-        bootstrap_port=service.bootstrap_port,
-        dp_size=service.dp_size,
-        weight_version=service.weight_version,
-    )
-
-
-def _silent(group: Group) -> Group:
-    """A group none of whose ranks runs any more: nothing of it can be reached."""
-    ranks = tuple(replace(rank, state=RankState.DEAD, detail=rank.detail or "stopped") for rank in group.ranks)
-    return replace(group, ranks=ranks, url="", bootstrap_host="", bootstrap_port=0)
-
-
-def _put_rank(group: Group, rank: Rank) -> Group:
-    return replace(group, ranks=(*group.ranks[: rank.rank], rank, *group.ranks[rank.rank + 1 :]))

@@ -87,6 +87,22 @@ class RoomsClosed(Event, frozen=True, kw_only=True):
     epoch: int
 
 
+class WeightsLoaded(Event, frozen=True, kw_only=True):
+    """Every rank has the weights in `path` (as in `types.GroupSpec`), and they answered well."""
+
+    epoch: int
+    path: str
+    version: str
+
+
+class WeightsFailed(Event, frozen=True, kw_only=True):
+    """The weights could not be loaded, or answered badly; what the ranks hold now is not known."""
+
+    epoch: int
+    version: str
+    reason: str
+
+
 class Stopped(Event, frozen=True, kw_only=True):
     """No engine of this epoch, or an older one, runs any more."""
 
@@ -109,7 +125,8 @@ class Place(Action, frozen=True, kw_only=True):
 
 
 class StartRanks(Action, frozen=True, kw_only=True):
-    """Start every rank. Answered by RankStarted and RankReady, or RankDied, of each; or StartFailed."""
+    """Start every rank, with the weights that `spec` names. Answered by RankStarted and RankReady, or RankDied, of
+    each; or StartFailed."""
 
     epoch: int
     spec: GroupSpec
@@ -125,6 +142,14 @@ class WatchRooms(Action, frozen=True, kw_only=True):
     """Tell with RoomsClosed when the group has no request left."""
 
     epoch: int
+
+
+class LoadWeights(Action, frozen=True, kw_only=True):
+    """Give an empty group the weights in `path`, and see how they answer. Answered by WeightsLoaded, WeightsFailed."""
+
+    epoch: int
+    path: str
+    version: str
 
 
 class Release(Action, frozen=True, kw_only=True):

@@ -23,7 +23,7 @@ __all__ = ["NoCapacity", "Pair", "RankLoad", "RankView", "RouteAsk", "Router", "
 
 _LOST = frozenset({GroupState.FAILED, GroupState.GONE})
 _COMING = frozenset({GroupState.STARTING, GroupState.FAILED})
-"""A group that failed starts again."""
+"""A group that failed starts again. So does, in a way, one that is being given other weights."""
 _HAS_ENGINES = frozenset({GroupState.READY, GroupState.CORDONED, GroupState.DRAINING})
 
 
@@ -157,7 +157,7 @@ class Router:
         ready = {role for roles in found for role in roles}
         missing = [role for role in Role if role not in ready]
         # What a group that starts will hold is not known before it is ready.
-        coming = {group.role for group in self._groups.values() if group.state in _COMING}
+        coming = {group.role for group in self._groups.values() if group.state in _COMING or group.loading}
         if missing:
             names = " and no ".join(role.value for role in missing)
             weights = "" if version is None else f" with the weights {version!r}"

@@ -119,6 +119,8 @@ class TokenStream:
         self._seen = 0
         self._over = False
         self._failed: Failure | None = None
+        self.weight_version = ""
+        """What the engine says that it has; empty while it has not said so."""
 
     def __aiter__(self) -> TokenStream:
         return self
@@ -203,6 +205,8 @@ class TokenStream:
         meta = chunk.meta_info
         if meta is None:
             raise EngineError(FailureKind.BROKEN, "the engine's stream has an event without meta_info")
+        if meta.weight_version:
+            self.weight_version = meta.weight_version
         finish = meta.finish_reason
         if finish is not None and finish.get("type") == "abort":
             raise _from_abort(finish)

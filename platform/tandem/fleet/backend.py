@@ -8,10 +8,14 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 import msgspec
 
-from tandem.core.types import DpLoad, FleetSnapshot, Group, GroupSpec, GroupState
+from tandem.core.refresh import Refresh, RefreshPhase
+from tandem.core.types import DpLoad, FleetSnapshot, Group, GroupSpec, GroupState, Role
 from tandem.engine.client import EngineClient, EngineError
-from tandem.fleet.control_service import Refused, UnknownGroup
+from tandem.fleet.control_service import NoRefresh, Refused, UnknownGroup
 from tandem.fleet.engines import Engines, NoEngineError
+from tandem.fleet.refresh_ask import RefreshAsk
+from tandem.fleet.refresh_begin import begin_refresh
+from tandem.fleet.refresh_store import change_refresh, read_refresh
 from tandem.fleet.snapshot import DESIRED, GROUPS, read_snapshot, watch_snapshots
 from tandem.state import Store
 
@@ -22,11 +26,13 @@ _TRIES = 10
 class StoreBackend:
     """A `FleetBackend` over a store. Works in any process that has the store; the controller's serves the network."""
 
-    def __init__(self, store: Store, engines: Engines, *, drain_s: float) -> None:
-        """`drain_s`: seconds that a drain may take when nothing else is said."""
+    def __init__(self, store: Store, engines: Engines, *, drain_s: float, refresh_drain_s: float = 660.0) -> None:
+        """Seconds that a drain may take when nothing else is said: `refresh_drain_s` for a group that gets other
+        weights, `drain_s` for one that leaves."""
         self._store = store
         self._engines = engines
         self._drain_s = drain_s
+        self._refresh_drain_s = refresh_drain_s
         self._client = EngineClient()
 
     async def fleet(self) -> FleetSnapshot:
@@ -44,12 +50,20 @@ class StoreBackend:
         except NoEngineError as error:
             raise Refused(f"{error}.") from error
 
+        fleet = await self.fleet()
+
         def change(now: GroupSpec | None) -> GroupSpec:
             if now is not None and now.draining:
                 raise Refused(f"{spec.group} is draining; wait until it is gone, or choose another name.")
             if now is not None and now.role is not spec.role:
                 raise Refused(f"{spec.group} is a {now.role} group; drain it, then create it as {spec.role}.")
-            return spec
+            if spec.weight_version:
+                return spec
+            if now is not None:
+                path, version = now.weights_path, now.weight_version
+            else:
+                path, version = (fleet.model_path, fleet.model_version) if fleet.model_version else ("", "")
+            return msgspec.structs.replace(spec, weights_path=path, weight_version=version)
 
         return await self._change(spec.group, change)
 
@@ -65,14 +79,26 @@ class StoreBackend:
 
         return await self._change(group, change)
 
-    async def drain(self, group: str, deadline_s: float | None) -> GroupSpec:
-        """Begin to drain a group; a repeated call sets the deadline anew."""
-        deadline = time.time() + (self._drain_s if deadline_s is None else deadline_s)
+    async def drain(
+        self, group: str, deadline_s: float | None, *, migrate: bool = False, force: bool = False
+    ) -> GroupSpec:
+        """Begin to drain a group; a repeated call sets the deadline anew. `migrate`: its streams move at once.
+
+        Raises Refused for the last ready group of its role, unless `force`.
+        """
+        now_s = time.time()
+        deadline = now_s + (self._drain_s if deadline_s is None else deadline_s)
+        if not force and (role := last_of_role(await self.fleet(), group)):
+            raise Refused(
+                f"{group} is the last {role} group that is ready: without it nothing is answered; add another one"
+                f" first (`tandem scale {role} N`), or force it."
+            )
 
         def change(now: GroupSpec | None) -> GroupSpec:
             if now is None:
                 raise UnknownGroup(group)
-            return msgspec.structs.replace(now, draining=True, drain_deadline=deadline)
+            at = now_s if migrate else 0.0
+            return msgspec.structs.replace(now, draining=True, drain_deadline=deadline, migrate_at=at)
 
         return await self._change(group, change)
 
@@ -103,6 +129,27 @@ class StoreBackend:
                 loads[found.group] = answer
         return loads
 
+    async def refresh(self, ask: RefreshAsk) -> Refresh:
+        """Begin to give the fleet other weights. Raises Refused when they do not fit, or there would be a pause."""
+        return await begin_refresh(self._store, self._engines, ask, drain_s=self._refresh_drain_s)
+
+    async def refresh_state(self) -> Refresh:
+        """The refresh that goes on, or the last one."""
+        if (found := await read_refresh(self._store)) is None:
+            raise NoRefresh()
+        return found
+
+    async def stop_refresh(self) -> Refresh:
+        """Let the refresh that goes on end as if it had failed."""
+        await self.refresh_state()
+
+        def stop(now: Refresh) -> Refresh:
+            if now.phase is not RefreshPhase.RUNNING:
+                raise Refused(f"The refresh to version {now.version} is not running: it is {now.phase}.")
+            return msgspec.structs.replace(now, stop=True)
+
+        return await change_refresh(self._store, stop)
+
     async def close(self) -> None:
         """Close the connections to engines; the store is the caller's."""
         await self._client.close()
@@ -126,3 +173,13 @@ class StoreBackend:
             if await self._store.compare_and_set(key, msgspec.json.encode(wanted), version=version) is not None:
                 return wanted
         raise Refused(f"{group} is being changed by others all the time; try again.")
+
+
+def last_of_role(fleet: FleetSnapshot, group: str) -> Role | None:
+    """The role of which this group is the last ready one; None = it is not."""
+    leaving = {spec.group for spec in fleet.desired if spec.draining}
+    ready = [found for found in fleet.groups if found.routable and found.group not in leaving]
+    own = next((found for found in ready if found.group == group), None)
+    if own is None or any(found.role is own.role and found.group != group for found in ready):
+        return None
+    return own.role

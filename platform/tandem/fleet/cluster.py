@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -39,12 +40,16 @@ from tandem.fleet.ray_processes import (
     raylet_command,
 )
 
+log = logging.getLogger(__name__)
+
 __all__ = ["ClusterError", "LocalCluster", "NodePlace", "connect", "disconnect", "nodes_for"]
 
 _LOOK_S = 0.01
 """Ray tells that a process is up by a file, or by an answer; this is how often we look."""
 _GRACE_S = 3.0
 _REPLACE_S = 0.5
+_GCS_STARTS = 3
+"""A GCS that dies so often within a minute will not live."""
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -161,11 +166,22 @@ class LocalCluster:
             self._add(head, secrets.token_hex(28))
 
     async def tend(self) -> str:
-        """Replace nodes that die; return one sentence when the cluster cannot go on. Await it in the main thread."""
-        while not self._gcs.ended.done():
+        """Replace what dies; return one sentence when the cluster cannot go on. Await it in the main thread.
+
+        A new GCS goes on where the old one was: nodes, workers and actors live on, and find it at the same address.
+        """
+        deaths: deque[float] = deque(maxlen=_GCS_STARTS)
+        while True:
             watched = [self._gcs, *(process for _, process in self._nodes.values())]
             ends = [asyncio.wrap_future(process.ended) for process in watched]
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if self._gcs.ended.done():
+                deaths.append(time.monotonic())
+                if len(deaths) == _GCS_STARTS and deaths[-1] - deaths[0] < 60:
+                    return f"{self._gcs.epitaph()}, for the {_GCS_STARTS}rd time within a minute"
+                log.warning("%s; another one goes on", self._gcs.epitaph())
+                await asyncio.sleep(_REPLACE_S)
+                self._start_gcs()
             for node, (place, process) in list(self._nodes.items()):
                 if process.ended.done() and not self._gcs.ended.done():
                     if node == self.session.head:
@@ -173,7 +189,6 @@ class LocalCluster:
                     del self._nodes[node]
                     await asyncio.sleep(_REPLACE_S)  # one that cannot live must not keep the machine busy
                     self._add(place, secrets.token_hex(28))
-        return self._gcs.epitaph()
 
     def stop(self) -> None:
         """End every process of the cluster, workers included, and remove its folder. Harmless when repeated."""
@@ -188,6 +203,11 @@ class LocalCluster:
         self._nodes.clear()
         shutil.rmtree(self.session.folder, ignore_errors=True)
         (self.session.temp / "session_latest").unlink(missing_ok=True)  # drivers and workers make it
+
+    def _start_gcs(self) -> None:
+        place, _ = self._nodes[self.session.head]
+        command = gcs_command(self.session, place, port=int(self.address.rpartition(":")[2]))
+        self._gcs = _Process("gcs_server", place, command, self.session)
 
     def _add(self, place: NodePlace, node: str) -> None:
         number = self._started

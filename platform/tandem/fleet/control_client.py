@@ -9,8 +9,16 @@ from types import TracebackType
 
 import grpc
 
+from tandem.core.refresh import Refresh
 from tandem.core.types import DpLoad, FleetSnapshot, GroupSpec
-from tandem.fleet.control_proto import fleet_from_proto, loads_from_proto, spec_from_proto, spec_to_proto
+from tandem.fleet.control_proto import (
+    fleet_from_proto,
+    loads_from_proto,
+    refresh_from_proto,
+    spec_from_proto,
+    spec_to_proto,
+)
+from tandem.fleet.refresh_ask import RefreshAsk
 from tandem.v1 import control_pb2, control_pb2_grpc
 
 _OPTIONS = (
@@ -91,10 +99,17 @@ class ControlClient:
             reply = await self._stub.CordonGroup(request, timeout=self._deadline)
             return spec_from_proto(reply.spec)
 
-    async def drain(self, group: str, deadline_s: float | None = None) -> GroupSpec:
-        """Begin to drain a group, for `deadline_s` seconds at most; None = the fleet's own limit."""
+    async def drain(
+        self, group: str, deadline_s: float | None = None, *, migrate: bool = False, force: bool = False
+    ) -> GroupSpec:
+        """Begin to drain a group, for `deadline_s` seconds at most; None = the fleet's own limit.
+
+        `migrate`: move its streams at once; `force`: also if it is the last ready group of its role.
+        """
         with self._errors():
-            request = control_pb2.DrainGroupRequest(group=group, deadline_seconds=deadline_s)
+            request = control_pb2.DrainGroupRequest(
+                group=group, deadline_seconds=deadline_s, migrate=migrate, force=force
+            )
             reply = await self._stub.DrainGroup(request, timeout=self._deadline)
             return spec_from_proto(reply.spec)
 
@@ -108,6 +123,33 @@ class ControlClient:
         with self._errors():
             reply = await self._stub.GetLoad(control_pb2.GetLoadRequest(group=group or ""), timeout=self._deadline)
             return loads_from_proto(reply.groups)
+
+    async def refresh(self, ask: RefreshAsk) -> Refresh:
+        """Begin to give the fleet other weights; `refresh_state` tells how far it is."""
+        with self._errors():
+            request = control_pb2.RefreshWeightsRequest(
+                model_path=ask.path,
+                version=ask.version,
+                canary=ask.canary,
+                expect=ask.expect,
+                keep_new=not ask.rollback,
+                allow_pause=ask.allow_pause,
+                drain_seconds=ask.drain_s,
+            )
+            reply = await self._stub.RefreshWeights(request, timeout=self._deadline)
+            return refresh_from_proto(reply.refresh)
+
+    async def refresh_state(self) -> Refresh:
+        """Return the refresh that goes on, or the last one."""
+        with self._errors():
+            reply = await self._stub.GetRefresh(control_pb2.GetRefreshRequest(), timeout=self._deadline)
+            return refresh_from_proto(reply.refresh)
+
+    async def stop_refresh(self) -> Refresh:
+        """Let the refresh that goes on end as if it had failed."""
+        with self._errors():
+            reply = await self._stub.StopRefresh(control_pb2.StopRefreshRequest(), timeout=self._deadline)
+            return refresh_from_proto(reply.refresh)
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:

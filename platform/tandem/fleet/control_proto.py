@@ -15,6 +15,7 @@ from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 from google.protobuf.message import Message
 
 from tandem.core.kv_source import KvSource
+from tandem.core.refresh import Refresh, RefreshPhase
 from tandem.core.types import (
     DpLoad,
     FleetSnapshot,
@@ -38,11 +39,13 @@ MESSAGES: Mapping[type[msgspec.Struct], type[Message]] = {
     GatewayReplica: control_pb2.GatewayReplica,
     DpLoad: control_pb2.DpLoad,
     FleetSnapshot: control_pb2.Fleet,
+    Refresh: control_pb2.Refresh,
 }
 ENUMS: Mapping[type[StrEnum], tuple[EnumTypeWrapper, str]] = {
     Role: (control_pb2.Role, "ROLE_"),
     GroupState: (control_pb2.GroupState, "GROUP_STATE_"),
     RankState: (control_pb2.RankState, "RANK_STATE_"),
+    RefreshPhase: (control_pb2.RefreshPhase, "REFRESH_PHASE_"),
 }
 """Python enum → proto enum and the prefix of its values."""
 
@@ -65,6 +68,16 @@ def spec_to_proto(spec: GroupSpec) -> control_pb2.GroupSpec:
 def spec_from_proto(message: control_pb2.GroupSpec) -> GroupSpec:
     """Return the desired group of a message. Raises ValueError if its role is not set or unknown."""
     return _struct(GroupSpec, message)
+
+
+def refresh_to_proto(refresh: Refresh) -> control_pb2.Refresh:
+    """Return the message of a refresh."""
+    return control_pb2.Refresh(**_fields(refresh))
+
+
+def refresh_from_proto(message: control_pb2.Refresh) -> Refresh:
+    """Return the refresh of a message. Raises ValueError on an enum value that this version does not know."""
+    return _struct(Refresh, message)
 
 
 def loads_to_proto(loads: Mapping[str, Sequence[DpLoad]]) -> list[control_pb2.GroupLoad]:
@@ -109,5 +122,6 @@ def _from_proto(declared: Any, value: Any, field: str) -> Any:
             raise ValueError(f"{field} is {name}; it must be one of {known}")
         return declared[name.removeprefix(prefix)]
     if getattr(declared, "__origin__", None) is tuple:
-        return tuple(_struct(declared.__args__[0], item) for item in value)
+        kind = declared.__args__[0]
+        return tuple(_struct(kind, item) if kind in MESSAGES else item for item in value)
     return value

@@ -13,13 +13,22 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from tandem.core.refresh import Refresh
 from tandem.core.types import DpLoad, FleetSnapshot, GroupSpec
-from tandem.fleet.control_proto import fleet_to_proto, loads_to_proto, spec_from_proto, spec_to_proto
+from tandem.fleet.control_proto import (
+    fleet_to_proto,
+    loads_to_proto,
+    refresh_to_proto,
+    spec_from_proto,
+    spec_to_proto,
+)
+from tandem.fleet.refresh_ask import RefreshAsk
 from tandem.state import StoreError
 from tandem.v1 import control_pb2, control_pb2_grpc
 
 SERVICE = control_pb2.DESCRIPTOR.services_by_name["FleetControl"].full_name
 _LONGEST_CALL_S = 30.0
+_LONGEST_CANARY = 4096
 _LONGEST_DRAIN_S = 7 * 24 * 3600.0
 _GROUP_ID = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _OPTIONS = (
@@ -40,12 +49,19 @@ class UnknownGroup(LookupError):
         super().__init__(f"The fleet has no group {group!r}; `tandem status` lists them.")
 
 
+class NoRefresh(LookupError):
+    """The fleet has had no refresh."""
+
+    def __init__(self) -> None:
+        super().__init__("The fleet's weights have not been refreshed since it started.")
+
+
 class Refused(Exception):
     """The fleet's present state forbids it. The message is one sentence that says why and what to do."""
 
 
 class FleetBackend(Protocol):
-    """What the service needs of a fleet. Every method may raise `UnknownGroup`, `Refused` and `StoreError`."""
+    """What the service needs of a fleet. Every method may raise UnknownGroup, NoRefresh, Refused and StoreError."""
 
     async def fleet(self) -> FleetSnapshot:
         """Return the fleet as it is now."""
@@ -59,14 +75,24 @@ class FleetBackend(Protocol):
     async def cordon(self, group: str, cordoned: bool) -> GroupSpec:
         """Keep new pairs away from a group, or admit them."""
 
-    async def drain(self, group: str, deadline_s: float | None) -> GroupSpec:
-        """Begin to drain a group, for `deadline_s` seconds at most; None = the fleet's own limit."""
+    async def drain(self, group: str, deadline_s: float | None, *, migrate: bool, force: bool) -> GroupSpec:
+        """Begin to drain a group, for `deadline_s` seconds at most; None = the fleet's own limit. `migrate`: its
+        streams move at once; `force`: also the last ready one of its role."""
 
     async def remove(self, group: str) -> None:
         """Let a group leave at once."""
 
     async def load(self, group: str | None) -> Mapping[str, Sequence[DpLoad]]:
         """Return the load by DP rank of one group, or of all that can tell."""
+
+    async def refresh(self, ask: RefreshAsk) -> Refresh:
+        """Begin to give the fleet other weights."""
+
+    async def refresh_state(self) -> Refresh:
+        """Return the refresh that goes on, or the last one."""
+
+    async def stop_refresh(self) -> Refresh:
+        """Let the refresh that goes on end as if it had failed."""
 
 
 class FleetControlService(control_pb2_grpc.FleetControlServicer):
@@ -103,7 +129,9 @@ class FleetControlService(control_pb2_grpc.FleetControlServicer):
         self, request: control_pb2.DrainGroupRequest, context: _Context
     ) -> control_pb2.DrainGroupResponse:
         async with _answering(context):
-            spec = await self._backend.drain(_group(request.group), _drain_limit(request))
+            spec = await self._backend.drain(
+                _group(request.group), _drain_limit(request), migrate=request.migrate, force=request.force
+            )
         return control_pb2.DrainGroupResponse(spec=spec_to_proto(spec))
 
     async def RemoveGroup(
@@ -117,6 +145,25 @@ class FleetControlService(control_pb2_grpc.FleetControlServicer):
         async with _answering(context):
             loads = await self._backend.load(_group(request.group) if request.group else None)
         return control_pb2.GetLoadResponse(groups=loads_to_proto(loads))
+
+    async def RefreshWeights(
+        self, request: control_pb2.RefreshWeightsRequest, context: _Context
+    ) -> control_pb2.RefreshWeightsResponse:
+        async with _answering(context):
+            refresh = await self._backend.refresh(_refresh_ask(request))
+        return control_pb2.RefreshWeightsResponse(refresh=refresh_to_proto(refresh))
+
+    async def GetRefresh(self, _: control_pb2.GetRefreshRequest, context: _Context) -> control_pb2.GetRefreshResponse:
+        async with _answering(context):
+            refresh = await self._backend.refresh_state()
+        return control_pb2.GetRefreshResponse(refresh=refresh_to_proto(refresh))
+
+    async def StopRefresh(
+        self, _: control_pb2.StopRefreshRequest, context: _Context
+    ) -> control_pb2.StopRefreshResponse:
+        async with _answering(context):
+            refresh = await self._backend.stop_refresh()
+        return control_pb2.StopRefreshResponse(refresh=refresh_to_proto(refresh))
 
 
 async def serve_control(backend: FleetBackend, host: str, port: int) -> tuple[grpc.aio.Server, int]:
@@ -153,7 +200,7 @@ async def _answering(context: _Context, limit: float | None = _LONGEST_CALL_S) -
             yield
     except _Invalid as error:
         await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-    except UnknownGroup as error:
+    except (UnknownGroup, NoRefresh) as error:
         await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
     except Refused as error:
         await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
@@ -183,18 +230,42 @@ def _spec(request: control_pb2.PutGroupRequest) -> GroupSpec:
     for name, value, most in (("nodes", spec.nodes, 64), ("gpus_per_node", spec.gpus_per_node, 16)):
         if not 1 <= value <= most:
             raise _Invalid(f"spec.{name} is {value}; it must be from 1 to {most}.")
-    if spec.draining or spec.drain_deadline:
-        raise _Invalid("spec.draining and spec.drain_deadline are not set here: call DrainGroup.")
+    if spec.draining or spec.drain_deadline or spec.migrate_at:
+        raise _Invalid("spec.draining, drain_deadline and migrate_at are not set here: call DrainGroup.")
+    if spec.weights_path and not spec.weight_version:
+        raise _Invalid("spec.weights_path is set, but not spec.weight_version, which names what is there.")
     return spec
 
 
 def _drain_limit(request: control_pb2.DrainGroupRequest) -> float | None:
     if not request.HasField("deadline_seconds"):
         return None
-    seconds = request.deadline_seconds
+    return _seconds("deadline_seconds", request.deadline_seconds, " (RemoveGroup stops a group at once)")
+
+
+def _seconds(name: str, seconds: float, else_: str = "") -> float:
     if 0 < seconds <= _LONGEST_DRAIN_S:
         return seconds
-    raise _Invalid(
-        f"deadline_seconds is {seconds:g}; it must be more than 0 and at most {_LONGEST_DRAIN_S:g}"
-        " (RemoveGroup stops a group at once)."
+    raise _Invalid(f"{name} is {seconds:g}; it must be more than 0 and at most {_LONGEST_DRAIN_S:g}{else_}.")
+
+
+def _refresh_ask(request: control_pb2.RefreshWeightsRequest) -> RefreshAsk:
+    version = request.version
+    if not (0 < len(version) <= 64 and version.isprintable()):
+        raise _Invalid(f"version is {version[:80]!r}; it must be 1 to 64 printable characters.")
+    if not request.model_path.startswith("/"):
+        raise _Invalid(
+            f"model_path is {request.model_path[:200]!r}; it must be an absolute path, the same on all nodes."
+        )
+    if len(request.canary) > _LONGEST_CANARY or len(request.expect) > _LONGEST_CANARY:
+        raise _Invalid(f"canary and expect may have {_LONGEST_CANARY} characters.")
+    limited = request.HasField("drain_seconds")
+    return RefreshAsk(
+        path=request.model_path,
+        version=version,
+        canary=request.canary,
+        expect=request.expect,
+        rollback=not request.keep_new,
+        allow_pause=request.allow_pause,
+        drain_s=_seconds("drain_seconds", request.drain_seconds) if limited else None,
     )

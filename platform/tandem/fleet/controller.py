@@ -17,6 +17,7 @@ import grpc
 import msgspec
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import RayError
 
 from tandem.core.group import Policy
 from tandem.fleet.backend import StoreBackend
@@ -24,10 +25,11 @@ from tandem.fleet.bound import die_with_parent
 from tandem.fleet.control_service import serve_control
 from tandem.fleet.engines import Engines
 from tandem.fleet.hands import HandsSettings
-from tandem.fleet.rank_actors import counters_of_all
+from tandem.fleet.rank_actors import counters_of_all, named_ranks
 from tandem.fleet.ray_processes import HEAD_RESOURCE
 from tandem.fleet.reconcile import ConflictError, Reconciler, failures
-from tandem.fleet.snapshot import FLEET_KEY, FleetRecord
+from tandem.fleet.refresh import RefreshDriver
+from tandem.fleet.snapshot import FLEET_KEY, GROUPS, FleetRecord
 from tandem.state import Store, StoreError, open_store
 
 CONTROLLER_NAME = "controller"
@@ -37,6 +39,7 @@ CONTROL_KEY = "control"
 
 _BACKOFF_S = (0.5, 1.0, 2.0, 5.0)
 _STABLE_S = 60.0
+_MEMORY_S = 30.0
 _log = logging.getLogger(__name__)
 
 
@@ -58,6 +61,8 @@ class ControllerSettings(msgspec.Struct, frozen=True, kw_only=True):
     hands: HandsSettings
     policy: Policy = Policy()
     drain: float = 120.0
+    refresh_drain: float = 660.0
+    """A group whose weights are to change may take so long to be empty."""
     control_host: str = "127.0.0.1"
     control_port: int = 9000
     """0 = any free port, another one after each restart; the store tells it."""
@@ -114,20 +119,42 @@ class Controller:
                 self._trouble = str(error)
                 _log.error("%s", error)
                 await asyncio.sleep(_BACKOFF_S[-1])
+        await self._await_memory(store)
         async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(store.keep(), name="keep")
             tasks.create_task(self._persist("the control service", self._serve, store))
             tasks.create_task(self._persist("the reconciliation", self._reconcile, store))
+            tasks.create_task(self._persist("the refresh of weights", self._refresh, store))
+
+    async def _await_memory(self, store: Store) -> None:
+        """Where ranks live and the store knows of no group, it has come back empty: a gateway puts back what it held.
+        Taken as it is, it would end all of them."""
+        try:
+            ranks = await named_ranks()
+        except RayError as error:
+            _log.warning("ranks that live already cannot be looked for: %s", error)
+            return
+        if not ranks:
+            return
+        self._trouble = f"{len(ranks)} ranks live, and the store knows of no group"
+        try:
+            async with asyncio.timeout(_MEMORY_S):
+                async for _ in store.watch(GROUPS):
+                    return
+        except TimeoutError:
+            _log.error("%s; nobody has put one back in %.0f s", self._trouble, _MEMORY_S)
 
     async def _serve(self, store: Store) -> None:
         settings = self._settings
-        backend = StoreBackend(store, self._engines, drain_s=settings.drain)
+        backend = StoreBackend(store, self._engines, drain_s=settings.drain, refresh_drain_s=settings.refresh_drain)
         server: grpc.aio.Server | None = None
         try:
             server, port = await serve_control(backend, settings.control_host, settings.control_port)
             host = f"[{settings.control_host}]" if ":" in settings.control_host else settings.control_host
             address = f"{host}:{port}"
             await store.put(CONTROL_KEY, msgspec.json.encode(ControlAddress(address=address)))
-            await store.put(FLEET_KEY, msgspec.json.encode(settings.fleet))
+            if await store.get(FLEET_KEY) is None:  # what is there may tell of weights that were refreshed since
+                await store.put(FLEET_KEY, msgspec.json.encode(settings.fleet))
             self._address = address
             self._serving.set()
             _log.info("the control service listens on %s", address)
@@ -148,6 +175,9 @@ class Controller:
                 self._reconciling.set()
         finally:
             self._reconciling.clear()
+
+    async def _refresh(self, store: Store) -> None:
+        await RefreshDriver(store).run()
 
     async def _persist(self, what: str, work: Callable[[Store], Awaitable[None]], store: Store) -> None:
         """Do `work` again whenever it fails or ends, and say so each time."""

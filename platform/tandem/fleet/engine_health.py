@@ -1,4 +1,4 @@
-"""What a rank's actor can tell about its engine from outside: its processes, its log, its counters."""
+"""What a rank's actor can tell about its engine from outside: its processes, their progress, its log, its counters."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
+
+from tandem.core.heartbeat import Limits, ProgressWatch, Seen
+from tandem.engine.heartbeat import read_beats
 
 _WORKER_TITLE = b"sglang::"
 """Title of the processes that SGLang cannot do without (scheduler, detokenizer, DP controller)."""
@@ -44,6 +47,26 @@ class HealthCheck:
         # A profiler stops a process for a moment, so only one that is found so twice counts.
         ill, self._stopped = stopped & self._stopped, stopped
         return f"hangs: its process {min(ill)} was stopped by a signal or a debugger" if ill else ""
+
+
+class ProgressCheck:
+    """Looks whether an engine's processes get on with their work.
+
+    A scheduler that is stuck in a collective or a kernel is there and was not stopped: only what it writes itself
+    tells. SGLang's own watchdog needs 300 s.
+    """
+
+    def __init__(self, folder: Path, limits: Limits) -> None:
+        """`folder`: where the engine's processes write."""
+        self._folder = folder
+        self._watch = ProgressWatch(limits)
+
+    def ailment(self, now: float) -> str:
+        """What is wrong at `now` (seconds), in one sentence without a subject; empty = nothing."""
+        beats = read_beats(self._folder)
+        times = {pid: _cpu_ticks(pid) for pid in beats}
+        seen = {pid: Seen(beat, ticks) for pid, beat in beats.items() if (ticks := times[pid]) is not None}
+        return self._watch.look(now, seen)
 
 
 async def gone(pids: Iterable[int], deadline: float) -> None:
@@ -122,7 +145,19 @@ def _title(pid: int) -> bytes:
 
 def _state(pid: int) -> str:
     """The kernel's one-letter state of a process; empty if it is not there."""
+    columns = _stat(pid)
+    return columns[0] if columns else ""
+
+
+def _cpu_ticks(pid: int) -> int | None:
+    """CPU time that all threads of a process have used; None if it is not there."""
+    columns = _stat(pid)
+    return int(columns[11]) + int(columns[12]) if columns else None
+
+
+def _stat(pid: int) -> list[str]:
+    """What follows a process's name in `/proc/<pid>/stat` (proc(5): from its state on); empty if it is not there."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return ""
+        return []

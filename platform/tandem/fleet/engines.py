@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import msgspec
+
 from tandem.config import FleetConfig
 from tandem.core.group_events import Service
 from tandem.core.kv_source import KvSource
@@ -17,6 +19,8 @@ from tandem.core.types import GroupSpec, Role
 from tandem.engine.launch import LaunchError, RankEndpoints, kv_sources, launch_args, launch_env
 from tandem.fleet.plan import layout_of, pool_of, read_shape
 from tandem.fleet.ray_processes import RANK_RESOURCE
+from tandem.gateway.text.model_card import ModelError
+from tandem.gateway.text.tokenize import Tokenizer
 
 CPU_SERVER, GPU_SERVER = "tandem.engine.cpu.launch_server", "sglang.launch_server"
 
@@ -43,14 +47,26 @@ class Engines(Protocol):
         """Raise NoEngineError if no engine can run this group."""
 
     def command(self, spec: GroupSpec, rank: int, endpoints: RankEndpoints) -> Command:
-        """What to run for one rank. Raises NoEngineError."""
+        """What to run for one rank, with the weights that `spec` names. Raises NoEngineError."""
 
     def service(self, spec: GroupSpec, leader: RankEndpoints) -> Service:
         """How the group is reached once it is ready. Raises NoEngineError."""
 
+    def folder(self, path: str) -> str:
+        """Where the weights are that a `weights_path` means."""
+
+    def check_weights(self, path: str) -> None:
+        """Raise NoEngineError if running engines cannot take the checkpoint in folder `path`."""
+
+    def encode(self, path: str, text: str) -> list[int]:
+        """Token ids of a prompt, by the tokenizer in folder `path`. Raises NoEngineError. Slow: it reads files."""
+
+    def decode(self, path: str, ids: Sequence[int]) -> str:
+        """Text of token ids. Raises NoEngineError. Slow: it reads files."""
+
 
 class SglangEngines:
-    """SGLang for a fleet's configuration; the checkpoint is in the same folder on every node."""
+    """SGLang for a fleet's configuration; checkpoints are in the same folders on every node."""
 
     def __init__(self, config: FleetConfig, *, model: Path, name: str) -> None:
         """`name`: the model's name in the API."""
@@ -78,14 +94,14 @@ class SglangEngines:
         pool = pool_of(self._config, spec.role)
         try:
             arguments = launch_args(
-                str(self._model),
+                self.folder(spec.weights_path),
                 layout,
                 plan,
                 rank,
                 endpoints,
                 pool.args,
                 served_model_name=self._name,
-                weight_version=self._config.model.version,
+                weight_version=spec.weight_version or self._config.model.version,
             )
             env = launch_env(layout, plan, rank, endpoints)
             sources = kv_sources(layout, plan, rank, endpoints)
@@ -101,8 +117,34 @@ class SglangEngines:
             bootstrap_host=leader.host if prefill else "",
             bootstrap_port=leader.bootstrap_port if prefill else 0,
             dp_size=self._plan(spec)[1].dp_ranks,
-            weight_version=self._config.model.version,
+            weight_version=spec.weight_version or self._config.model.version,
         )
+
+    def folder(self, path: str) -> str:
+        return path or str(self._model)
+
+    def check_weights(self, path: str) -> None:
+        try:
+            shape = read_shape(Path(path))
+        except (OSError, ShapeError, ValueError) as error:
+            raise NoEngineError(f"the checkpoint in {path} cannot be read: {error}") from error
+        if msgspec.structs.replace(shape, name=self._shape.name) != self._shape:
+            raise NoEngineError(f"the checkpoint in {path} has another shape than the fleet's ({self._model})")
+        if not any(Path(path).glob("*.safetensors")):
+            raise NoEngineError(f"{path} holds no weights (*.safetensors)")
+
+    def encode(self, path: str, text: str) -> list[int]:
+        return self._tokenizer(path).encode(text)
+
+    def decode(self, path: str, ids: Sequence[int]) -> str:
+        return self._tokenizer(path).decode(ids)
+
+    @staticmethod
+    def _tokenizer(path: str) -> Tokenizer:
+        try:
+            return Tokenizer.load(Path(path))
+        except (ModelError, OSError, ValueError) as error:
+            raise NoEngineError(f"the tokenizer in {path} cannot be read: {error}") from error
 
     def _plan(self, spec: GroupSpec) -> tuple[GroupLayout, ParallelPlan]:
         layout = layout_of(self._config, spec.role, spec.nodes, spec.gpus_per_node)

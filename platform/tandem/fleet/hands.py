@@ -15,6 +15,7 @@ from tandem.core.group_events import (
     Action,
     Adopted,
     Event,
+    LoadWeights,
     Place,
     Placed,
     RankDied,
@@ -29,10 +30,12 @@ from tandem.core.group_events import (
     StopRanks,
     Waiting,
     WatchRooms,
+    WeightsFailed,
+    WeightsLoaded,
 )
+from tandem.core.group_record import with_own_weights
 from tandem.core.kv_source import KvSource
 from tandem.core.types import Group, GroupSpec, GroupState, Rank, RankState
-from tandem.engine.http1 import HttpFailure
 from tandem.engine.launch import RankEndpoints
 from tandem.fleet import placement
 from tandem.fleet.engines import Engines, NoEngineError
@@ -50,6 +53,7 @@ from tandem.fleet.rank import (
 )
 from tandem.fleet.rank_actors import answer, find_actor, kill_actor, make_actor, named_ranks, sentence
 from tandem.fleet.rooms import RoomCounter
+from tandem.fleet.weights import WeightLoader, WeightsError
 
 _ACTOR_S = 60.0
 """For a rank's actor to start and answer; its node may be busy importing."""
@@ -58,7 +62,6 @@ _WATCH_S, _SILENT_S = 5.0, 15.0
 _ADOPT_S = 10.0
 _STOP_S = 30.0
 """Beyond the grace, until a rank that does not stop is killed with its actor."""
-_ROOMS_S = 0.25
 _RETRY_S = 1.0
 _GONE_S = 0.02
 """Ray forgets a killed actor's name soon, and tells nobody when."""
@@ -73,6 +76,8 @@ class HandsSettings(msgspec.Struct, frozen=True, kw_only=True):
     rank: RankSettings
     stop_grace: float = 10.0
     """Between SIGTERM and SIGKILL for a group that leaves; one that failed is killed at once."""
+    quiet: float = 1.0
+    """A group must be without requests for so long: a gateway that learned late of the drain may still send one."""
 
 
 class Hands:
@@ -83,6 +88,7 @@ class Hands:
         group: str,
         engines: Engines,
         settings: HandsSettings,
+        weights: WeightLoader,
         *,
         post: Callable[[Event], None],
         broken: Callable[[BaseException], None],
@@ -90,6 +96,7 @@ class Hands:
         self._group = group
         self._engines = engines
         self._settings = settings
+        self._weights = weights
         self._post = post
         self._broken = broken
         self._rooms = RoomCounter()
@@ -109,10 +116,12 @@ class Hands:
                 self._begin("start", self._start(epoch, spec))
             case StopRanks(epoch=epoch):
                 failed = group.state is GroupState.FAILED
-                self._give_up("start", "rooms")
+                self._give_up("start", "rooms", "weights")
                 self._begin("stop", self._stop(epoch, 0.0 if failed else self._settings.stop_grace))
             case WatchRooms(epoch=epoch):
                 self._begin("rooms", self._watch_rooms(epoch, group.url))
+            case LoadWeights(epoch=epoch, path=path, version=version):
+                self._begin("weights", self._load(group, epoch, path, version))
             case Release():
                 self._give_up("start")
                 self._begin("release", self._release())
@@ -267,18 +276,21 @@ class Hands:
         self._post(Adopted(epoch=group.epoch, ranks=tuple(ranks)))
         for number, actor in enumerate(actors):
             # As if not yet known to be ready: a group that was starting is told so.
-            self._follow(group.epoch, spec, number, actor, RankState.STARTING)
+            self._follow(group.epoch, with_own_weights(spec, group), number, actor, RankState.STARTING)
+
+    # -- a group without requests
 
     async def _watch_rooms(self, epoch: int, url: str) -> None:
-        empty = 0
-        while empty < 2:  # twice, as a request may just be on its way from one queue to the next
-            try:
-                empty = empty + 1 if await self._rooms.count(url) == 0 else 0
-            except HttpFailure as error:  # if the engine has died, its rank will tell
-                empty = 0
-                _log.info("%s: its rooms cannot be counted: %s", self._group, error)
-            await asyncio.sleep(_ROOMS_S)
+        await self._rooms.until_empty(url, quiet=self._settings.quiet)
         self._post(RoomsClosed(epoch=epoch))
+
+    async def _load(self, group: Group, epoch: int, path: str, version: str) -> None:
+        try:
+            await self._weights.load(group, path, version)
+        except WeightsError as error:
+            self._post(WeightsFailed(epoch=epoch, version=version, reason=str(error)))
+        else:
+            self._post(WeightsLoaded(epoch=epoch, path=path, version=version))
 
     # -- stopping
 

@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 CONTROLLER_DEADLINE_S = 60.0
 GATEWAY_DEADLINE_S = 120.0
 STOP_DEADLINE_S = 75.0
-STATE_PREFIXES = ("desired/", "groups/", "gateways/", "control")
+STATE_PREFIXES = ("desired/", "groups/", "gateways/", "control", "refresh")
 """What an earlier run may have left in a store that outlives it; of a Ray cluster that was its own, nothing lives."""
 
 
@@ -215,8 +215,9 @@ class Host:
             store_folder=str(self._folder.store),
             engines=SglangEngines(config, model=self._model_path, name=self._model_name),
             hands=HandsSettings(rank=ranks, stop_grace=config.timeouts.stop_s),
-            policy=Policy(start=config.timeouts.group_start_s),
+            policy=Policy(start=config.timeouts.group_start_s, migrate=config.timeouts.migrate_s),
             drain=config.timeouts.drain_s,
+            refresh_drain=config.timeouts.refresh_drain_s,
             control_host=config.control.host,
             control_port=config.control.port,
             log=str(self._folder.logs / "controller.log"),

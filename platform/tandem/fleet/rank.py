@@ -15,12 +15,14 @@ from typing import NamedTuple
 
 import msgspec
 
+from tandem.core.heartbeat import Limits
 from tandem.core.types import RankState
+from tandem.engine import heartbeat
 from tandem.engine.http1 import HttpFailure, Pool
 from tandem.engine.launch import RankEndpoints
 from tandem.engine.supervisor import EngineCommand, EngineProcess, StartError
 from tandem.fleet.bound import die_with_parent
-from tandem.fleet.engine_health import HealthCheck, gone, log_tail, read_counters, serve_counters
+from tandem.fleet.engine_health import HealthCheck, ProgressCheck, gone, log_tail, read_counters, serve_counters
 from tandem.fleet.ports import PortBlock, interface_of
 
 HTTP, DIST, KV_EVENTS = 0, 2, 32
@@ -81,6 +83,8 @@ class RankSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Folder for the engines' temporary files and counters, of a short path; removed with them."""
     nursery: str = ""
     """Socket of the machine's nursery; empty = none."""
+    limits: Limits = Limits()
+    """How long an engine that is ready may show no progress."""
 
 
 class Prepared(msgspec.Struct, frozen=True, kw_only=True):
@@ -121,6 +125,7 @@ class RankActor:
         self._host, self._node = host, node
         self._log = Path(settings.logs) / f"{self._name}.log"
         self._counters = Path(settings.scratch) / "metrics" / self._name
+        self._beats = Path(settings.scratch) / "beats" / self._name
         self._block: PortBlock | None = None
         self._process: EngineProcess | None = None
         self._status = RankStatus(state=RankState.PENDING)
@@ -144,10 +149,11 @@ class RankActor:
         """Start the engine. What becomes of it, `watch` tells. A repeated call changes nothing."""
         if self._process is not None or self._status.state is not RankState.PENDING:
             return self._status
-        self._counters.mkdir(parents=True, exist_ok=True)
+        for folder in (self._counters, self._beats):
+            folder.mkdir(parents=True, exist_ok=True)
         command = EngineCommand(
             argv=tuple(argv),
-            env={**env, "PROMETHEUS_MULTIPROC_DIR": str(self._counters)},
+            env={**env, "PROMETHEUS_MULTIPROC_DIR": str(self._counters), heartbeat.FOLDER: str(self._beats)},
             log=self._log,
             scratch=Path(self._settings.scratch) / self._name,
         )
@@ -208,7 +214,8 @@ class RankActor:
         if self._end_metrics is not None:
             await asyncio.to_thread(self._end_metrics)
             self._end_metrics = None
-        shutil.rmtree(self._counters, ignore_errors=True)
+        for folder in (self._counters, self._beats):
+            shutil.rmtree(folder, ignore_errors=True)
         return self._status
 
     def _serve_metrics(self) -> str:
@@ -231,16 +238,16 @@ class RankActor:
         await self._die(f"{was}{how}")
 
     async def _follow_health(self, process: EngineProcess, endpoints: RankEndpoints) -> None:
-        """Find out when the engine is ready, then look at its processes every second."""
+        """Find out when the engine is ready, then look at its processes and their progress every second."""
         if await self._answers(process, endpoints):
             self._become(msgspec.structs.replace(self._status, state=RankState.READY))
         else:
             await self._die(f"does not own port {endpoints.http_port}: another process answers there")
             return
-        check = HealthCheck(process)
+        processes, progress = HealthCheck(process), ProgressCheck(self._beats, self._settings.limits)
         while True:
             await asyncio.sleep(_HEALTH_S)
-            if ill := check.ailment():
+            if ill := processes.ailment() or progress.ailment(asyncio.get_running_loop().time()):
                 await self._die(ill)
                 return
 

@@ -118,14 +118,16 @@ def ray_folder() -> Path:
     return Path(spec.origin).parent
 
 
-def gcs_command(session: Session, place: NodePlace) -> list[str]:
-    """Command line of the GCS."""
-    config = base64.b64encode(json.dumps(SYSTEM_CONFIG).encode()).decode()
+def gcs_command(session: Session, place: NodePlace, *, port: int = 0) -> list[str]:
+    """Command line of the GCS. What it knows is in a file of the session (RocksDB), so that another one can go on on
+    the same `port`; 0 = any."""
+    settings = {**SYSTEM_CONFIG, "gcs_storage": "rocksdb", "gcs_storage_path": str(session.folder / "gcs")}
+    config = base64.b64encode(json.dumps(settings).encode()).decode()
     return [
         str(ray_folder() / "core/src/ray/gcs/gcs_server"),
         f"--log_dir={session.logs}",
         f"--config_list={config}",
-        "--gcs_server_port=0",
+        f"--gcs_server_port={port}",
         "--metrics-agent-port=-1",
         f"--node-ip-address={place.host}",
         f"--session-name={session.name}",

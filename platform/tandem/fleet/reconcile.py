@@ -18,6 +18,7 @@ from tandem.fleet.engines import Engines
 from tandem.fleet.hands import Hands, HandsSettings
 from tandem.fleet.rank_actors import find_actor, kill_actor, named_ranks, sentence
 from tandem.fleet.snapshot import DESIRED, GROUPS
+from tandem.fleet.weights import WeightLoader
 from tandem.state import Store
 
 EPOCHS = "epochs/"
@@ -48,6 +49,7 @@ class Reconciler:
         self._engines = engines
         self._settings = hands
         self._policy = policy
+        self._weights = WeightLoader(store, engines)
         self._clock = clock
         self._records: dict[str, groups.Record] = {}
         self._versions: dict[str, int] = {}
@@ -69,6 +71,7 @@ class Reconciler:
                 tasks.create_task(self._await_failure(), name="await failure")
         finally:
             await asyncio.gather(*(hands.close() for hands in self._hands.values()))
+            await self._weights.close()
 
     # -- the store
 
@@ -212,6 +215,7 @@ class Reconciler:
                 group,
                 self._engines,
                 self._settings,
+                self._weights,
                 post=lambda event: self._post(group, event),
                 broken=self._break,
             )

@@ -24,7 +24,6 @@ from tandem.gateway.errors import ApiError
 from tandem.gateway.http.endpoints import Endpoint
 from tandem.gateway.http.exchange import ClientLeft
 from tandem.gateway.pairing.reply import Reply
-from tandem.gateway.pairing.ticket import Ticket
 
 if TYPE_CHECKING:
     from tandem.gateway.service import Body, Prepared, Service
@@ -173,8 +172,10 @@ class Asked:
         )
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """What the client is told of its limits, and of its idempotency key."""
+        """What the client is told of its limits, of the weights that answer, and of its idempotency key."""
         found = [] if self.permit is None else self.permit.headers()
+        if self.reply is not None and (version := self.reply.weight_version):
+            found.append((b"x-tandem-weight-version", version.encode("ascii", "replace")))
         if self._unkept:
             return [*found, (b"x-tandem-idempotency", b"unavailable")]
         if self.kept is not None and self.kept.replayed:
@@ -243,7 +244,7 @@ class Asked:
             model=service.card.name,
             tenant=self.identity.tenant.name,
             key=self.identity.key,
-            weight_version=next((version for one in tickets if (version := _weights(one))), ""),
+            weight_version=reply.weight_version if reply is not None else "",
             endpoint=self.endpoint.name,
             stream=wanted.stream if wanted is not None else False,
             prompt_tokens=used.prompt if used is not None else 0,
@@ -279,11 +280,6 @@ class Asked:
             trace_id=self.trace.trace_id,
             prompt=prompt,
         )
-
-
-def _weights(ticket: Ticket) -> str:
-    """Version of the weights that answered: the engine's own word, or what its group is known to have."""
-    return (ticket.ended.weight_version if ticket.ended is not None else "") or ticket.weight_version
 
 
 def outcome_of(error: BaseException | None) -> str:

@@ -43,6 +43,8 @@ class Engine:
         self.default = Script(ids=[]) if role == "prefill" else Script()
         self.choose: Callable[[dict[str, Any]], Script | None] = lambda body: None
         """The script for a request's body, where the order of requests is not certain; None = the next of `scripts`."""
+        self.weights = "v1"
+        """The version that it says it has."""
         self.bodies: list[dict[str, Any]] = []
         self.traces: list[str] = []
         """The `traceparent` of each of `bodies`; empty = there was none."""
@@ -145,7 +147,7 @@ class Engine:
         writer: asyncio.StreamWriter,
     ) -> bool:
         for count in range(1, len(script.ids) + (script.finish is None or script.cut)):
-            _event(writer, _chunk(script, count, None, body))
+            _event(writer, _chunk(script, count, None, body, self.weights))
             await writer.drain()
         ways = [asyncio.create_task(aborted.wait())]
         if script.go is not None:
@@ -160,7 +162,7 @@ class Engine:
             _event(writer, {"error": script.error})
         else:
             finish = {"type": "abort", "message": "Aborted"} if aborted.is_set() else script.finish
-            _event(writer, _chunk(script, len(script.ids), finish, body))
+            _event(writer, _chunk(script, len(script.ids), finish, body, self.weights))
         _write(writer, b"data: [DONE]\n\n")
         writer.write(b"0\r\n\r\n")
         await writer.drain()
@@ -172,14 +174,16 @@ def logprob_of(token: int) -> float:
     return -token / 1024
 
 
-def _chunk(script: Script, count: int, finish: dict[str, Any] | None, body: dict[str, Any]) -> dict[str, Any]:
+def _chunk(
+    script: Script, count: int, finish: dict[str, Any] | None, body: dict[str, Any], weights: str
+) -> dict[str, Any]:
     meta = {
         "id": "x",
         "finish_reason": finish,
         "prompt_tokens": len(body["input_ids"]),
         "completion_tokens": count,
         "cached_tokens": 2,
-        "weight_version": "v1",
+        "weight_version": weights,
     }
     ids = script.ids[:count] if script.cumulative else script.ids[count - 1 : count]
     if body.get("return_logprob"):

@@ -175,6 +175,17 @@ async def test_a_stream_never_mixes_weights() -> None:
         assert (await running).text() == "one two three"
 
 
+async def test_an_engine_with_other_weights_than_it_was_chosen_for_is_not_believed() -> None:
+    async with world("p0", "d0", "d1") as w:
+        for name in w.engines:
+            w.group(name, weight_version="v1")
+        w.engines["d0"].weights = "v2"
+        answer = await w.complete(n=4)
+    assert answer.json()["system_fingerprint"] == answer.headers["x-tandem-weight-version"] == "v1"
+    assert [choice["finish_reason"] for choice in answer.json()["choices"]] == ["length"] * 4
+    assert w.metric("tandem_leg_failures_total", role="decode", kind="bad_kv") > 0
+
+
 async def test_a_request_waits_for_a_group_that_is_starting() -> None:
     async with world("p0", "d0") as w:
         w.group("d0", state=GroupState.STARTING, url="")

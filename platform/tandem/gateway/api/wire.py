@@ -94,7 +94,10 @@ class _Base:
     def closing(self, usage: Usage) -> bytes:
         if not self._wanted.include_usage:
             return DONE
-        return self._head + b'],"usage":' + encode(usage_object(usage, chat=self.chat)) + b"}\n\n" + DONE
+        weights = b'"system_fingerprint":' + encode(usage.version) + b"," if usage.version else b""
+        return (
+            self._head + b"]," + weights + b'"usage":' + encode(usage_object(usage, chat=self.chat)) + b"}\n\n" + DONE
+        )
 
     def _detailed(self, index: int, content: bytes, piece: Piece, logprobs: Any) -> bytes:
         """One event that says everything, so that ids and logprobs stand beside the text that they are of."""
@@ -107,6 +110,8 @@ class _Base:
 
     def _body(self, choices: list[dict[str, Any]], pieces: Sequence[tuple[Piece, str]], usage: Usage) -> bytes:
         body: dict[str, Any] = {**self._identity, "choices": choices, "usage": usage_object(usage, chat=self.chat)}
+        if usage.version:
+            body["system_fingerprint"] = usage.version
         if self._wanted.return_token_ids:
             for index, (choice, (piece, _)) in enumerate(zip(choices, pieces, strict=True)):
                 choice["token_ids"] = piece.ids

@@ -36,6 +36,8 @@ yet (SGLang forgets an abort that overtakes its request): it is told again, and 
 DRAIN_S = 1.0
 """What follows the last token (`[DONE]`) must come so soon, or the connection is not used again."""
 ERROR_BYTES = 2**20
+UNNAMED = "default"
+"""What SGLang calls weights of which it was told no version."""
 
 
 def outcome_of(event: Event) -> str:
@@ -86,6 +88,7 @@ class Leg:
         self._connecting: asyncio.Task[None] | None = None
         self._response: Response | None = None
         self._stream: TokenStream | None = None
+        self._weights = ticket.weight_version
         self._refusal = b""
         self._first: int | None = None
         """Prefill's one token."""
@@ -173,6 +176,7 @@ class Leg:
         data = response.take()
         chunk = self._stream.feed(data) if data else None
         if chunk is not None:
+            self._check_weights(self._stream.weight_version)
             if chunk.ended is not None:
                 self._owner.leg_ended(self, chunk.ended)
             if self.role is Role.PREFILL:
@@ -192,6 +196,12 @@ class Leg:
                 return
         if response.done and not self._reported:
             raise TokenStream.unfinished()
+
+    def _check_weights(self, found: str) -> None:
+        """A gateway whose view of the fleet is old must not pair two versions. Raises EngineError."""
+        if found != self._weights and self._weights and found not in ("", UNNAMED):
+            message = f"{self.target.group} has the weights {found!r}, not {self._weights!r}"
+            raise EngineError(FailureKind.BAD_KV, message)
 
     def _fail(self, failure: Failure) -> None:
         """The leg is over, and not well; or it was to be ended."""

@@ -155,6 +155,11 @@ class Reply:
         """Why the choices that are complete have ended."""
         return [run.reason for run in self.runs if run.reason]
 
+    @property
+    def weight_version(self) -> str:
+        """Of the weights that answer; empty = not known yet."""
+        return next((version for run in self.runs if (version := run.ticket.answered_by)), "")
+
     def so_far(self) -> Usage:
         """What was read until now."""
         each = max(1, len(self.runs) // max(1, len(self.prompts)))
@@ -163,6 +168,7 @@ class Reply:
             completion=sum(run.answer.completion_tokens for run in self.runs),
             reasoning=sum(run.answer.reasoning_tokens for run in self.runs),
             cached=sum(min(run.ticket.cached_tokens, len(run.ticket.prompt)) for run in self.runs[::each]),
+            version=self.weight_version,
         )
 
     def _take(self) -> list[Step]:

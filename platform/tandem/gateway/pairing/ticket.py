@@ -86,6 +86,11 @@ class Ticket:
             self._ask, self._asked_behind = self.first_ask.behind(self.history), len(self.history)
         return self._ask
 
+    @property
+    def answered_by(self) -> str:
+        """Version of the weights that answered: the engine's own word, or what its group is known to have."""
+        return (self.ended.weight_version if self.ended is not None else "") or self.weight_version
+
     def restore(self, ids: list[int], logprobs: list[Logprob] | None, version: str) -> None:
         """Before it is submitted: a gateway that is no more has delivered these tokens, of weights of this version.
         They are the first that come."""

@@ -53,9 +53,11 @@ class Piece(msgspec.Struct):
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """What an answer cost, in tokens."""
+    """What an answer cost, in tokens, and who gave it."""
 
     prompt: int
     completion: int
     reasoning: int
     cached: int
+    version: str = ""
+    """Of the weights that answered; empty = not known."""
