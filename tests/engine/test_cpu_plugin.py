@@ -9,6 +9,9 @@ import sys
 from tandem.engine.cpu.launch_server import ENVIRONMENT
 
 PATCHED = "from sglang.srt.plugins.hook_registry import HookRegistry; print(len(HookRegistry._patched))"
+TARGETS = "from tandem.engine.plugin import install; print(len({hook.target for hook in SETS}))"
+GPU = "from tandem.engine.cpu import standins; standins.install(); from sglang.srt.plugins import load_plugins; "
+"""What SGLang does by itself on a GPU, with what it cannot do without on this machine."""
 
 
 def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -21,11 +24,29 @@ def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
 def test_every_hook_takes_on_the_pinned_engine() -> None:
     done = python(
         "from tandem.engine.cpu import launch_server, plugin; launch_server.prepare(); "
-        f"{PATCHED}; print(len(plugin.hooks()))",
+        f"{PATCHED}; {TARGETS.replace('SETS', '(*plugin.hooks(), *install.hooks())')}",
         **ENVIRONMENT,
     )
     applied, registered = done.stdout.split()[-2:]
     assert applied == registered, done.stderr
+
+
+def test_on_a_gpu_the_hooks_for_all_devices_take_and_no_other() -> None:
+    done = python(f"{GPU}load_plugins(); {PATCHED}; {TARGETS.replace('SETS', 'install.hooks()')}", TANDEM_ENGINE="1")
+    applied, registered = done.stdout.split()[-2:]
+    assert applied == registered, done.stderr
+
+
+def test_on_a_gpu_too_a_hook_that_does_not_take_ends_the_process_with_one_sentence() -> None:
+    breaking = (
+        f"{GPU}from tandem.engine.plugin import install; real = install.hooks; "
+        "gone = install.Hook('sglang.srt.managers.scheduler.Scheduler.gone', print, 'after'); "
+        "install.hooks = lambda: (*real(), gone); load_plugins(); print('it goes on')"
+    )
+    done = python(breaking, TANDEM_ENGINE="1")
+    assert (done.returncode, done.stdout) == (1, "")
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("tandem: these hooks of Tandem did not take: sglang.srt.managers.scheduler.Scheduler.gone.")
 
 
 def test_without_the_switch_nothing_is_hooked() -> None:

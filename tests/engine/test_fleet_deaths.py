@@ -71,5 +71,23 @@ def test_a_killed_controller_comes_back_and_restarts_no_group(fleet: Fleet, orac
     assert whole(fleet)
 
 
+def test_a_killed_gcs_is_replaced_and_ends_nothing(fleet: Fleet, oracle: Oracle) -> None:
+    until_answering(fleet)
+    before = {group["group"]: (group["epoch"], pids(group)) for group in fleet.status()["groups"]}
+    gateways = fleet.status()["gateways"]
+    gcs = next(process for process in fleet.processes() if "gcs_server" in _title(process))
+    gcs.kill()
+    assert fleet.complete(PROMPT, 8) == oracle.complete(PROMPT, 8)
+    fleet.until("there is another GCS", lambda: any("gcs_server" in _title(one) for one in fleet.processes()), 30)
+    assert {group["group"]: (group["epoch"], pids(group)) for group in fleet.status()["groups"]} == before
+    assert fleet.status()["gateways"] == gateways
+    # It knows the actors, and can place new ones.
+    victim = fleet.group("decode-0")
+    os.kill(victim["ranks"][1]["pid"], signal.SIGKILL)
+    fleet.until("the next epoch is ready", lambda: _ready_at(fleet, "decode-0", victim["epoch"] + 1), BACK_S)
+    assert pids(fleet.group("prefill-0")) == before["prefill-0"][1]
+    assert fleet.complete(PROMPT, 8) == oracle.complete(PROMPT, 8)
+
+
 def _title(process: Any) -> str:
     return " ".join(process.cmdline()) if process.is_running() else ""

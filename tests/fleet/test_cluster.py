@@ -10,11 +10,13 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+import ray
+from ray import cloudpickle
 
 from tandem.fleet.cluster import ClusterError, LocalCluster, connect, disconnect
 
@@ -32,6 +34,16 @@ actors = [Actor.options(lifetime="detached", name=str(n), resources={"tandem-ran
 print(*cluster.pids, *ray.get([actor.pid.remote() for actor in actors]), flush=True)
 sys.stdin.read()
 """
+
+
+class Named:
+    """An actor."""
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # an actor's process cannot import it
 
 
 @pytest.fixture
@@ -78,19 +90,68 @@ def test_everything_dies_with_a_host_that_is_killed(folder: Path) -> None:
     assert set(os.listdir("/dev/shm")) <= shared
 
 
-async def test_a_node_that_dies_is_replaced_and_the_end_of_the_gcs_is_told(folder: Path) -> None:
+async def until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not true():
+            await asyncio.sleep(0.01)
+
+
+async def test_a_node_that_dies_is_replaced(folder: Path) -> None:
     cluster = LocalCluster.start(folder, 2)
     try:
         tending = asyncio.create_task(cluster.tend())
         gcs, head, node = cluster.pids
         os.kill(node, signal.SIGKILL)
-        async with asyncio.timeout(10):
-            while node in cluster.pids or len(cluster.pids) < 3:
-                await asyncio.sleep(0.01)
+        await until(lambda: node not in cluster.pids and len(cluster.pids) == 3)
         assert cluster.pids[:2] == [gcs, head]
+        tending.cancel()
+    finally:
+        cluster.stop()
+
+
+async def test_a_gcs_that_dies_is_replaced_and_nodes_and_actors_live_on(folder: Path) -> None:
+    cluster = LocalCluster.start(folder, 2)
+    try:
+        tending = asyncio.create_task(cluster.tend())
+        connect(cluster.address, namespace="test")
+        named = ray.remote(num_cpus=0)(Named)
+        old = named.options(name="old", lifetime="detached").remote()
+        pid = await old.pid.remote()
+        gcs, *raylets = cluster.pids
         os.kill(gcs, signal.SIGKILL)
+        assert await old.pid.remote() == pid  # also while there is none
+        await until(lambda: cluster.pids[0] != gcs)
+        new = named.options(name="new", lifetime="detached").remote()
+        assert await new.pid.remote() != pid
+        assert await ray.get_actor("old").pid.remote() == pid
+        assert cluster.pids[1:] == raylets
+        assert [node["Alive"] for node in ray.nodes()] == [True, True]
+        tending.cancel()
+    finally:
+        disconnect()
+        cluster.stop()
+
+
+async def test_the_end_of_a_gcs_that_will_not_live_is_told(folder: Path) -> None:
+    cluster = LocalCluster.start(folder, 1)
+    try:
+        tending = asyncio.create_task(cluster.tend())
+        for _ in range(3):
+            gcs = cluster.pids[0]
+            os.kill(gcs, signal.SIGKILL)
+            await until(lambda gcs=gcs: cluster.pids[0] != gcs or tending.done())  # type: ignore[misc]
+        assert f"gcs_server (PID {gcs}) was killed by SIGKILL" in await tending
+    finally:
+        cluster.stop()
+
+
+async def test_the_end_of_the_head_is_told(folder: Path) -> None:
+    cluster = LocalCluster.start(folder, 1)
+    try:
+        tending = asyncio.create_task(cluster.tend())
+        os.kill(cluster.pids[1], signal.SIGKILL)
         async with asyncio.timeout(10):
-            assert f"gcs_server (PID {gcs}) was killed by SIGKILL" in await tending
+            assert "and it was the head" in await tending
     finally:
         cluster.stop()
 

@@ -21,6 +21,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
 from tandem.core.group import Policy
+from tandem.core.refresh import OVER, Refresh, RefreshPhase
 from tandem.core.types import Group, GroupSpec, GroupState, RankState, Role
 from tandem.fleet.cluster import LocalCluster, connect, disconnect
 from tandem.fleet.control_client import ControlClient, ControlError
@@ -28,13 +29,15 @@ from tandem.fleet.controller import CONTROL_KEY, ControlAddress, Controller, Con
 from tandem.fleet.hands import HandsSettings
 from tandem.fleet.rank import RankName, RankSettings
 from tandem.fleet.rank_actors import make_actor
-from tandem.fleet.snapshot import FleetRecord, watch_snapshots
+from tandem.fleet.refresh_ask import RefreshAsk
+from tandem.fleet.snapshot import DESIRED, FLEET_KEY, FleetRecord, read_snapshot, watch_snapshots
 from tandem.state import Store, open_store
 
 cloudpickle.register_pickle_by_value(script_engine)  # the controller's process cannot import it
 
 FLEET = "test"
 WITHIN_S = 20.0
+RECORD = FleetRecord(name=FLEET, model_path="/first", model_name="script", model_version="1")
 
 
 @dataclass
@@ -59,7 +62,7 @@ def stage() -> Iterator[Stage]:
             connect(cluster.address, namespace=FLEET)
             controller = start_controller(
                 ControllerSettings(
-                    fleet=FleetRecord(name=FLEET, model_name="script"),
+                    fleet=RECORD,
                     store_url="embedded",
                     store_folder=str(folder),
                     engines=script_engine.ScriptEngines(str(folder / "rooms")),
@@ -226,7 +229,7 @@ async def test_a_draining_group_leaves_when_its_last_room_is_closed(
     stage: Stage, pair: tuple[Group, Group], control: ControlClient, store: Store
 ) -> None:
     stage.rooms.write_text("3")
-    await control.drain("decode-0", 600)
+    await control.drain("decode-0", 600, force=True)
     draining = await until(store, "decode-0", lambda it: it.state is GroupState.DRAINING)
     assert living(draining) == pids(pair[1])
     assert (await control.load("decode-0"))["decode-0"][0].running == 3
@@ -280,6 +283,92 @@ async def test_a_rank_of_no_group_is_ended_when_the_controller_looks_around(
     with pytest.raises(RayActorError):
         async with asyncio.timeout(WITHIN_S):
             await stray.watch.remote(RankState.PENDING, WITHIN_S)
+
+
+async def over(control: ControlClient) -> Refresh:
+    """The refresh once it is over."""
+    async with asyncio.timeout(WITHIN_S):
+        while (now := await control.refresh_state()).phase not in OVER:
+            await asyncio.sleep(0.05)
+    return now
+
+
+@pytest.fixture
+async def four(control: ControlClient, store: Store) -> AsyncIterator[list[str]]:
+    """Two groups of each role, of one node each, and of version 1 whatever was before."""
+    names = [f"{role}-{number}" for role in Role for number in (5, 6)]
+    await store.put(FLEET_KEY, msgspec.json.encode(RECORD))
+    for old in ("prefill-0", "decode-0"):
+        with contextlib.suppress(ControlError):
+            await control.remove(old)
+        await until_forgotten(store, old)
+    for name in names:
+        role = Role(name.partition("-")[0])
+        await control.put_group(GroupSpec(group=name, role=role, nodes=1, weights_path="/first", weight_version="1"))
+    for name in names:
+        await until_ready(store, name)
+    yield names
+    for name in names:  # not by the control service: a test may have killed it
+        await store.delete(DESIRED + name)
+    for name in names:
+        await until_forgotten(store, name)
+
+
+async def versions(store: Store, names: list[str]) -> dict[str, tuple[str, int]]:
+    """Weight version and epoch of each group."""
+    groups = {group.group: group for group in (await read_snapshot(store)).groups}
+    return {name: (groups[name].weight_version, groups[name].epoch) for name in names}
+
+
+async def test_other_weights_reach_every_group_without_a_restart_and_a_restarted_one_has_them_too(
+    stage: Stage, four: list[str], control: ControlClient, store: Store
+) -> None:
+    before = await versions(store, four)
+    await control.refresh(RefreshAsk(path="/second", version="2", canary="a", expect="1000 1001"))
+    assert (await over(control)).phase is RefreshPhase.DONE
+    assert await versions(store, four) == {name: ("2", epoch) for name, (_, epoch) in before.items()}
+    assert (await read_snapshot(store)).model_version == "2"
+    group = await until_ready(store, "decode-6")
+    os.kill(group.ranks[0].pid, signal.SIGKILL)
+    again = await until_ready(store, "decode-6", group.epoch + 1)
+    assert again.weight_version == "2"
+    assert "with /second" in Path(again.ranks[0].log).read_text()
+    await control.refresh(RefreshAsk(path="/first", version="1"))
+    assert (await over(control)).phase is RefreshPhase.DONE
+
+
+async def test_a_refresh_goes_on_when_the_controller_is_killed_in_the_middle(
+    stage: Stage, four: list[str], control: ControlClient, store: Store
+) -> None:
+    before = await versions(store, four)
+    stage.rooms.write_text("1")
+    await control.refresh(RefreshAsk(path="/second", version="3"))
+    await until(store, "prefill-6", lambda it: it.state is GroupState.DRAINING)
+    os.kill(await stage.controller.pid.remote(), signal.SIGKILL)
+    stage.rooms.write_text("0")
+    for name in four:
+        await until(store, name, lambda it: it.weight_version == "3" and it.state is GroupState.READY)
+    assert await versions(store, four) == {name: ("3", epoch) for name, (_, epoch) in before.items()}
+
+
+@pytest.mark.parametrize(
+    ("ask", "why"),
+    [
+        (RefreshAsk(path="/bad", version="4"), "its engine did not load /bad: Failed to get weights iterator: bad"),
+        (RefreshAsk(path="/second", version="4", expect="7"), "does not begin with what is expected"),
+    ],
+)
+async def test_weights_that_do_not_load_or_answer_badly_are_undone(
+    stage: Stage, four: list[str], control: ControlClient, store: Store, ask: RefreshAsk, why: str
+) -> None:
+    before = await versions(store, four)
+    await control.refresh(ask)
+    ended = await over(control)
+    assert ended.phase is RefreshPhase.ROLLED_BACK
+    assert why in ended.failure
+    after = await versions(store, four)
+    assert {version for version, _ in after.values()} == {"1"}
+    assert sum(after[name][1] - before[name][1] for name in four) == 1
 
 
 async def test_groups_on_a_node_that_dies_restart_on_another(

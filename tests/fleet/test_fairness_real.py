@@ -1,7 +1,8 @@
 """A greedy tenant beside a polite one at a real gateway, in real time; engines are stand-ins that take their time.
 
-The exact figure is proven in simulated time (`tests/unit/core/test_admission_greedy.py`). This shows that the whole way
-through a gateway does it: keys, admission, the pair table, the first byte of the answer.
+The exact figure is proven in simulated time (`tests/unit/core/test_admission_greedy.py`) and measured by
+`bench.fairness`. This shows that the whole way through a gateway does it: keys, admission, the pair table, the first
+byte of the answer.
 """
 
 from __future__ import annotations

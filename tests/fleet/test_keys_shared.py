@@ -129,15 +129,27 @@ async def test_known_keys_open_while_redis_is_down_and_new_ones_as_soon_as_it_is
     await admin.close()
 
 
-async def test_a_redis_that_lost_everything_leaves_no_key_open(redis_server: RedisServer, tmp_path: Path) -> None:
-    store = await open_store(redis_server.url, fleet=f"keys-{next(_fleets)}", folder=tmp_path)
+async def test_a_redis_that_lost_everything_has_the_keys_of_living_gateways_again_and_none_that_was_revoked(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    fleet = f"keys-{next(_fleets)}"
+    store = await open_store(redis_server.url, fleet=fleet, folder=tmp_path)
+    keeping = asyncio.create_task(store.keep())  # as every gateway does
     record, key = await new_key(store)
+    gone, gone_key = await new_key(store)
+    await revoke(store, gone.id, now=time.time())
     replicas = Replicas()
     await replicas.add(store)
-    await replicas.say(key, record)
+    await replicas.say(gone_key, KeyFault.REVOKED)
+    await asyncio.sleep(0.5)  # the keeper has a watch of its own
     redis_server.stop()
     await replicas.say(key, record)
     redis_server.start()
-    await replicas.say(key, KeyFault.UNKNOWN)
+    newcomer = await open_store(redis_server.url, fleet=fleet, folder=tmp_path)
+    await replicas.add(newcomer)
+    await replicas.say(key, record)
+    await replicas.say(gone_key, KeyFault.REVOKED)
     await replicas.close()
+    keeping.cancel()
+    await newcomer.close()
     await store.close()

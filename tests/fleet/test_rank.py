@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from script_engine import SCRIPT
 
+from tandem.core.heartbeat import Limits
 from tandem.core.types import RankState
 from tandem.engine.launch import RankEndpoints
 from tandem.fleet.ports import BLOCK, FIRST, LAST, PortBlock
@@ -25,10 +26,22 @@ from prometheus_client import CollectorRegistry, Counter
 Counter("tandem_engine_test", "", ["rank"], registry=CollectorRegistry()).labels(0).inc(3)
 """
 
+BEATING = """
+import threading, time
+from tandem.engine.heartbeat import open_pulse
+pulse = open_pulse("scheduler DP 0")
+def beat():
+    while BEATS:
+        pulse.turn()
+        time.sleep(0.2)
+    pulse.forward()
+threading.Thread(target=beat, daemon=True).start()
+"""
+
 
 @pytest.fixture
 async def rank(tmp_path: Path) -> AsyncIterator[RankActor]:
-    settings = RankSettings(logs=str(tmp_path / "logs"), scratch=str(tmp_path))
+    settings = RankSettings(logs=str(tmp_path / "logs"), scratch=str(tmp_path), limits=Limits(hang_s=3, blocked_s=2))
     rank = RankActor("decode-0", 1, 0, settings, host=HOST, node="here")
     yield rank
     await rank.stop(0)
@@ -41,7 +54,7 @@ async def endpoints(rank: RankActor) -> RankEndpoints:
 
 
 def script(code: str, where: RankEndpoints) -> tuple[str, ...]:
-    return (sys.executable, "-c", code, where.host, str(where.http_port), "/no/rooms")
+    return (sys.executable, "-c", code, where.host, str(where.http_port), "/no/rooms", "/no/weights")
 
 
 def files(folder: Path) -> list[str]:
@@ -89,6 +102,21 @@ async def test_a_stopped_process_counts_as_dead_after_two_looks(rank: RankActor)
     assert await rank.wait_ready(10)
     os.kill(status.pid, signal.SIGSTOP)
     assert "hangs" in (await rank.watch(RankState.READY, 10)).detail
+
+
+async def test_an_engine_that_is_there_but_makes_no_progress_counts_as_dead(rank: RankActor) -> None:
+    where = await endpoints(rank)
+    await rank.start(script(BEATING.replace("BEATS", "False") + SCRIPT, where), {}, where)
+    assert await rank.wait_ready(10)
+    detail = (await rank.watch(RankState.READY, 10)).detail
+    assert detail.startswith("hangs: its scheduler DP 0 has made no progress for ")
+
+
+async def test_an_engine_that_makes_progress_lives(rank: RankActor) -> None:
+    where = await endpoints(rank)
+    await rank.start(script(BEATING.replace("BEATS", "True") + SCRIPT, where), {}, where)
+    assert await rank.wait_ready(10)
+    assert (await rank.watch(RankState.READY, 6)).state is RankState.READY
 
 
 async def test_a_new_epoch_waits_for_the_end_of_the_old_one_on_its_node(rank: RankActor) -> None:

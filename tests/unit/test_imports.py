@@ -20,8 +20,9 @@ MAY_IMPORT = {
     "client": {"client", "v1"},
     "gateway": {"gateway", "engine", "state", "models", "core", "config", "v1"},
     "fleet": {"fleet", "gateway", "engine", "state", "models", "core", "config", "v1"},
+    "sim": {"sim", "core"},
     "bench": {"bench", "fleet", "engine", "core", "config"},
-    "cli": {"cli", "bench", "fleet", "gateway", "engine", "state", "models", "core", "config", "config_file"},
+    "cli": {"cli", "sim", "bench", "fleet", "gateway", "engine", "state", "models", "core", "config", "config_file"},
 }
 
 
@@ -64,6 +65,11 @@ def test_the_client_loads_neither_the_gateway_nor_anything_heavy() -> None:
 def test_core_needs_nothing_but_the_standard_library_and_msgspec() -> None:
     allowed = set(sys.stdlib_module_names) | {"msgspec", "tandem"}
     assert {name for file in files("core") for name in imports(file) if name.split(".")[0] not in allowed} == set()
+
+
+def test_the_simulator_needs_nothing_but_the_standard_library_and_msgspec() -> None:
+    allowed = set(sys.stdlib_module_names) | {"msgspec", "tandem"}
+    assert {name for file in files("sim") for name in imports(file) if name.split(".")[0] not in allowed} == set()
 
 
 def test_core_has_no_clock_no_randomness_and_no_network_of_its_own() -> None:

@@ -120,6 +120,7 @@ def test_name_and_weight_version_are_told_to_the_engine() -> None:
 
 def test_the_environment_of_a_laptops_prefill_rank() -> None:
     assert environment(LAPTOP_PREFILL) == {
+        "TANDEM_ENGINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "SGLANG_CPU_OMP_THREADS_BIND": "0",
         "SGLANG_USE_MESSAGE_QUEUE_BROADCASTER": "0",
@@ -135,6 +136,7 @@ def test_the_environment_of_a_laptops_prefill_rank() -> None:
 
 def test_the_environment_of_r1s_decode_rank_leaves_the_gpu_and_rdma_alone() -> None:
     assert environment(R1_DECODE, 3, host="10.0.1.4", interface="eth0") == {
+        "TANDEM_ENGINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "SGLANG_HOST_IP": "10.0.1.4",
         "GLOO_SOCKET_IFNAME": "eth0",

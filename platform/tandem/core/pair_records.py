@@ -6,7 +6,7 @@ from enum import StrEnum
 
 import msgspec
 
-from tandem.core.pair_events import AbortLeg, Action, FailureKind, LegReleased, RoomClosed, Submit
+from tandem.core.pair_events import AbortLeg, Action, Failure, FailureKind, LegReleased, RoomClosed, Submit
 from tandem.core.route_types import Pair
 from tandem.core.types import Role
 
@@ -47,8 +47,8 @@ class Room:
     """One attempt of a request on one pair."""
 
     __slots__ = (
-        "first", "held", "hold_until", "legs", "pair", "prefilled", "produced", "promised", "reason", "request",
-        "room", "shown", "version",
+        "doubt", "first", "held", "hold_until", "legs", "pair", "prefilled", "produced", "promised", "reason",
+        "request", "room", "shown", "version",
     )  # fmt: skip
 
     def __init__(self, room: int, request: str, pair: Pair, version: str) -> None:
@@ -69,6 +69,8 @@ class Room:
         self.held: list[int] | None = None
         """Tokens that wait for prefill's word."""
         self.hold_until = 0.0
+        self.doubt: Failure | None = None
+        """Why what was shown may be wrong. What follows is held; it fails, unless decode gives up by itself at once."""
         self.reason: str | None = None
         """Why decode has finished, while its tokens are held."""
 

@@ -52,6 +52,9 @@ from tandem.core.pair_records import FINAL, UNSEEN, LegState, Request, Retries, 
 from tandem.core.room_number import ROOM_LIMIT, room_number
 from tandem.core.types import Role
 
+DOUBT_S = 1.0
+"""So long may decode's word that it gave up itself be behind that of prefill."""
+
 __all__ = ["ROOM_LIMIT", "PairTable", "room_number"]
 
 
@@ -167,6 +170,8 @@ class PairTable:
             return []
         if request.parked_at is None:
             request.parked_at = now
+        if now >= request.submit.deadline:
+            return self._too_late(request)
         if not event.coming or now >= request.gives_up_at():
             return self._fail(request, event.failure)
         self._parked[request.name] = request
@@ -223,12 +228,12 @@ class PairTable:
         if request is None or room.legs[Role.DECODE] not in (LegState.SENT, LegState.ACCEPTED):
             return []
         request.progress = now
-        if room.shown:  # most of all events
-            request.progressed(len(event.ids))
-            return [Deliver(request=request.name, room=room.room, ids=event.ids)]
         if room.held is not None:
             room.held += event.ids
             return []
+        if room.shown:  # most of all events
+            request.progressed(len(event.ids))
+            return [Deliver(request=request.name, room=room.room, ids=event.ids)]
         room.produced = True
         room.first = event.ids[0]
         if room.at_odds:
@@ -326,13 +331,15 @@ class PairTable:
     def _overdue(self, request: Request, now: float) -> list[Action]:
         room, submit = request.room, request.submit
         if now >= submit.deadline:
-            return self._fail(request, Failure(kind=FailureKind.DEADLINE, message="the request's time is over"))
+            return self._too_late(request)
         if room is None:
             if request.wake is not None:
                 return [self._need_pair(request)]
             waited = now - (request.parked_at if request.parked_at is not None else now)
             message = f"no group came up within {waited:.0f} s"
             return self._fail(request, Failure(kind=FailureKind.NO_CAPACITY, message=message, retry_after=5.0))
+        if room.doubt is not None:
+            return self._distrust(room, request, room.doubt, now)
         if room.held is not None:
             return self._release(room, request, now)
         request.room = None
@@ -395,8 +402,12 @@ class PairTable:
             if request is None or failure.kind is not FailureKind.ABORTED:
                 return []
             # SGLang may say so of a transfer that decode took for complete.
+            # But if decode gave up first, SGLang passes that on to prefill, and decode's own word is on its way.
             message = f"prefill gave up after decode had begun: {failure.message}"
-            return self._distrust(room, request, Failure(kind=FailureKind.BAD_KV, message=message), now)
+            room.doubt = Failure(kind=FailureKind.BAD_KV, message=message)
+            room.held, room.hold_until = [], now + DOUBT_S
+            self._arm(request)
+            return []
         if request is None:
             return [] if role is Role.PREFILL and room.produced else room.abort("partner_failed")
         request.room = None
@@ -433,6 +444,9 @@ class PairTable:
         actions = [] if request.room is None else request.room.abort(failure.kind.value)
         actions.append(Fail(request=request.name, failure=failure, delivered=request.delivered))
         return actions
+
+    def _too_late(self, request: Request) -> list[Action]:
+        return self._fail(request, Failure(kind=FailureKind.DEADLINE, message="the request's time is over"))
 
     def _forget(self, request: Request) -> None:
         del self._requests[request.name]

@@ -15,6 +15,7 @@ import msgspec
 from tandem.core.kv_source import KvSource
 from tandem.core.layout import GroupLayout, ParallelPlan
 from tandem.core.types import Role
+from tandem.engine.plugin.install import SWITCH
 
 DIST_PORTS = 7
 """Ports that a group's leader listens on from `dist_init` upwards: torch's rendezvous, then SGLang's own between its
@@ -213,6 +214,8 @@ FLAGS: tuple[_Row, ...] = (
 )
 
 ENVIRONMENT: tuple[_Row, ...] = (
+    # Tandem's own hooks in SGLang, on every device.
+    _Row(SWITCH, 1, _always),
     _Row("TOKENIZERS_PARALLELISM", "false", _always),
     # What must be set before the engine is imported is in `engine/cpu/launch_server.py`.
     # SGLang wants a core list per local worker, or one NUMA node each; without its AMX kernels nothing is bound.

@@ -29,6 +29,7 @@ import psutil
 
 from tandem.config import FleetConfig
 from tandem.core.group import Policy
+from tandem.core.heartbeat import Limits
 from tandem.core.layout import LayoutError
 from tandem.core.shape import ShapeError
 from tandem.core.types import GroupState, Role
@@ -207,7 +208,10 @@ class Host:
 
         config = self._config
         ranks = RankSettings(
-            logs=str(self._folder.logs), scratch=str(self._scratch), nursery=str(nursery) if nursery else ""
+            logs=str(self._folder.logs),
+            scratch=str(self._scratch),
+            nursery=str(nursery) if nursery else "",
+            limits=Limits.within(config.timeouts.hang_s),
         )
         settings = ControllerSettings(
             fleet=self._fleet_record(),

@@ -1,5 +1,5 @@
 """Shared state of a fleet: one `Store` interface, embedded (a file) or Redis."""
 
-from tandem.state.store import Change, Entry, Store, StoreError, open_store
+from tandem.state.store import Change, Entry, Store, StoreError, StoreLostError, open_store
 
-__all__ = ["Change", "Entry", "Store", "StoreError", "open_store"]
+__all__ = ["Change", "Entry", "Store", "StoreError", "StoreLostError", "open_store"]

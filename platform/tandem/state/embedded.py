@@ -11,14 +11,14 @@ import builtins
 import contextlib
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
 from tandem.state.bell import Bell
 from tandem.state.statefile import StateFile
-from tandem.state.store import Change, Entry, StoreError, check_key, check_ttl
+from tandem.state.store import KEPT, Change, Entry, StoreError, check_key, check_ttl
 from tandem.state.watch import RECHECK_S, HistoryGone, follow, wait_for_event
 
 _T = TypeVar("_T")
@@ -81,6 +81,10 @@ class EmbeddedStore:
         with self._bell.listening() as rung:
             async for change in follow(_Feed(self, prefix, rung), self._closed):
                 yield change
+
+    async def keep(self, prefixes: Sequence[str] = KEPT) -> None:
+        # A file is not lost while the machine lives, and nobody else can have what was in it.
+        await self._closed.wait()
 
     async def revision(self) -> int:
         return await self._run(lambda: self._file.revision())

@@ -1,14 +1,21 @@
 """The Redis store: for a fleet on more than one machine. Redis 5 or later, `maxmemory-policy noeviction`.
 
 Every step is one Lua script (`scripts.py`); a watch is a blocking read of the fleet's stream of changes.
+
+A Redis that restarts empty makes a new store, with a later birth. Whoever knew the old one keeps from it: read as it
+stands it would mean that no group is wanted and no key is valid. A keeper puts back what it remembers, and the old
+birth with it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import builtins
+import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from redis.asyncio import Redis
@@ -17,11 +24,15 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from tandem.state import scripts
-from tandem.state.store import Change, Entry, StoreError, check_key, check_ttl
+from tandem.state.store import KEPT, Change, Entry, StoreError, StoreLostError, check_key, check_ttl
 from tandem.state.watch import RECHECK_S, HistoryGone, follow
 
 _T = TypeVar("_T")
 _BATCH = 512
+BELIEVED_S = 30.0
+"""A store that has lost what it held is taken as it is when nobody has put it back for so long."""
+
+_log = logging.getLogger(__name__)
 
 
 class RedisStore:
@@ -52,6 +63,9 @@ class RedisStore:
         self._write = self._redis.register_script(scripts.WRITE)
         self._touch = self._redis.register_script(scripts.TOUCH)
         self._tick = self._redis.register_script(scripts.TICK)
+        self._restore = self._redis.register_script(scripts.RESTORE)
+        self._birth = b""
+        self._lost_at: float | None = None
 
     @classmethod
     async def open(cls, url: str, *, fleet: str, deadline: float) -> RedisStore:
@@ -65,32 +79,52 @@ class RedisStore:
         return store
 
     async def get(self, key: str) -> Entry | None:
-        held = await self._run(self._get, check_key(key))
+        [held] = await self._run(self._get, check_key(key)) or [None]
         return None if held is None else _entry(key.encode(), held)
 
     async def put(self, key: str, value: bytes, *, ttl: float | None = None) -> int:
-        return int(await self._run(self._write, check_key(key), "", "put", value, _milliseconds(ttl)))
+        return int((await self._run(self._write, check_key(key), "", "put", value, _milliseconds(ttl)))[0])
 
     async def compare_and_set(
         self, key: str, value: bytes | None, *, version: int, ttl: float | None = None
     ) -> int | None:
         operation = "delete" if value is None else "put"
-        new = await self._run(self._write, check_key(key), version, operation, value or b"", _milliseconds(ttl))
+        [new] = await self._run(self._write, check_key(key), version, operation, value or b"", _milliseconds(ttl))
         if new < 0:
             return None
         return 0 if value is None else int(new)
 
     async def delete(self, key: str) -> bool:
-        return bool(await self._run(self._write, check_key(key), "", "delete", b"", ""))
+        return bool((await self._run(self._write, check_key(key), "", "delete", b"", ""))[0])
 
     async def list(self, prefix: str) -> builtins.list[Entry]:
         return (await self._snapshot(prefix))[1]
 
     async def touch(self, key: str, ttl: float) -> bool:
-        return bool(await self._run(self._touch, check_key(key), _milliseconds(ttl)))
+        return bool((await self._run(self._touch, check_key(key), _milliseconds(ttl)))[0])
 
     def watch(self, prefix: str) -> AsyncIterator[Change]:
         return follow(_Feed(self, prefix), self._closed)
+
+    async def keep(self, prefixes: Sequence[str] = KEPT) -> None:
+        held: dict[str, bytes] = {}
+        feed = _Feed(self, "")
+
+        async def put_back() -> None:
+            if feed.birth != self._birth:
+                return  # this store was never read: others know what was in it
+            flat = [part for entry in held.items() for part in entry]
+            made = (await self._run(self._restore, *flat))[0]
+            if made:
+                _log.warning("%s had lost what it held: %d entries were put back", self._where.rstrip(","), made)
+
+        async for change in follow(feed, self._closed, lost=put_back):
+            if not change.key.startswith(tuple(prefixes)):
+                continue
+            if change.value is None:
+                held.pop(change.key, None)
+            else:
+                held[change.key] = change.value
 
     async def revision(self) -> int:
         return int((await self._run(self._tick))[0])
@@ -107,8 +141,22 @@ class RedisStore:
         revision, *flat = await self._run(self._list, prefix)
         return int(revision), [_entry(key, held) for key, held in zip(flat[::2], flat[1::2], strict=True)]
 
-    async def _run(self, script: Callable[..., Awaitable[Any]], *arguments: str | bytes | int) -> Any:
-        return await self._within(self._deadline, lambda: script(keys=self._keys, args=arguments))
+    async def _run(self, script: Callable[..., Awaitable[Any]], *arguments: str | bytes | int) -> builtins.list[Any]:
+        """The script's result. Raises StoreError; StoreLostError when the store is not the one that was known."""
+        known = self._birth
+        call = partial(script, keys=self._keys, args=(known, *arguments))
+        result: builtins.list[Any]
+        birth, *result = await self._within(self._deadline, call)
+        if birth == known or not known:
+            self._birth, self._lost_at = birth, None
+            return result
+        now = time.monotonic()
+        self._lost_at = now if self._lost_at is None else self._lost_at
+        if int(birth) < int(known) or now > self._lost_at + BELIEVED_S:
+            # Older: what this client took for the store was the gap before the old one was put back.
+            self._birth, self._lost_at = birth, None
+            return await self._run(script, *arguments)
+        raise StoreLostError(f"{self._where} has lost what it held. Whoever remembers puts it back; wait for that.")
 
     async def _within(self, deadline: float, call: Callable[[], Awaitable[_T]]) -> _T:
         if self._closed.is_set():
@@ -135,9 +183,13 @@ class _Feed:
     def __init__(self, store: RedisStore, prefix: str) -> None:
         self._store = store
         self._prefix = prefix
+        self.birth = b""
+        """Of the store that was last listed."""
 
     async def snapshot(self) -> tuple[int, list[Entry]]:
-        return await self._store._snapshot(self._prefix)
+        found = await self._store._snapshot(self._prefix)
+        self.birth = self._store._birth
+        return found
 
     async def after(self, cursor: int) -> tuple[int, list[Change]]:
         store = self._store

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import builtins
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -22,6 +22,15 @@ class StoreError(Exception):
 
     A write that ends so may have been made or not.
     """
+
+
+class StoreLostError(StoreError):
+    """The store answers, but it has lost what it held; whoever keeps it (`Store.keep`) is about to put it back."""
+
+
+KEPT = ("control", "desired/", "epochs/", "fleet", "groups/", "keys/", "refresh")
+"""What a fleet must not lose with its store, as prefixes. Leases, and what they are for, are made again by their
+owners: put back without them, a living gateway would be taken for dead."""
 
 
 class Entry(NamedTuple):
@@ -45,6 +54,9 @@ class Store(Protocol):
 
     Every call has the deadline given to `open_store` and raises `StoreError` when it passes. A store belongs to the
     event loop that opened it: another loop or thread opens its own.
+
+    Emptiness is not believed at once: a store that comes back without what it held raises `StoreLostError`, for its
+    watches is an outage, and takes no writes, until someone has put it back or half a minute has passed.
     """
 
     async def get(self, key: str) -> Entry | None:
@@ -80,6 +92,12 @@ class Store(Protocol):
         counts is lost. A key that changed twice meanwhile is reported once, and a deletion bears the store's revision
         at the time it was noticed. The same goes for one that fell a thousand changes behind. It ends when the store
         is closed.
+        """
+
+    async def keep(self, prefixes: Sequence[str] = KEPT) -> None:
+        """Remember what is under the prefixes, and put it back when the store has lost it. Returns when it is closed.
+
+        Any number of processes may do this at once. What is put back lives for ever, whatever its `ttl` was.
         """
 
     async def revision(self) -> int:

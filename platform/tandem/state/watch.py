@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Protocol
 
-from tandem.state.store import Change, Entry, StoreError
+from tandem.state.store import Change, Entry, StoreError, StoreLostError
 
 RECHECK_S = 2.0
 """A watch that nothing woke looks again after this: the safety net under file and stream events."""
@@ -34,8 +34,11 @@ class Feed(Protocol):
         """
 
 
-async def follow(feed: Feed, closed: asyncio.Event) -> AsyncIterator[Change]:
-    """Yield what `Store.watch` promises until `closed` is set."""
+async def follow(
+    feed: Feed, closed: asyncio.Event, *, lost: Callable[[], Awaitable[None]] | None = None
+) -> AsyncIterator[Change]:
+    """Yield what `Store.watch` promises until `closed` is set. `lost` is called again and again while the store has
+    lost what it held; it may raise StoreError."""
     known: dict[str, int] = {}
     cursor: int | None = None
     outage = False
@@ -53,6 +56,9 @@ async def follow(feed: Feed, closed: asyncio.Event) -> AsyncIterator[Change]:
             if not outage and not closed.is_set():
                 _log.warning("A watch waits for its store: %s", error)
             outage, cursor = True, None
+            if lost is not None and isinstance(error, StoreLostError):
+                with contextlib.suppress(StoreError):  # it is tried again
+                    await lost()
             await wait_for_event(closed, _RETRY_S)
             continue
         if outage:

@@ -17,6 +17,8 @@ from bench.gateway.standin import Token, Totals
 from tandem.models.tokenizer import VOCAB_SIZE, tokenizer_config, tokenizer_json
 
 START_S = 60.0
+SERVE_STOPS_S = 20.0
+"""For a Ray cluster to end with all that it started."""
 CONTEXT = 131_072
 """Of the tiny model here: room for long prompts, in tokens."""
 RUST_VENV = Path(".venv-bench")
@@ -92,9 +94,12 @@ def spoken(model: Path) -> list[Token]:
 
 
 @contextlib.contextmanager
-def standins(folder: Path, tokens: list[Token], *, ttft_ms: float, itl_ms: float) -> Iterator[Standins]:
-    """Start the workers."""
+def standins(
+    folder: Path, tokens: list[Token], *, ttft_ms: float, itl_ms: float, workers: int = 2
+) -> Iterator[Standins]:
+    """Start so many workers of each role."""
     options = ["--ttft-ms", str(ttft_ms), "--itl-ms", str(itl_ms), "--tokens", msgspec.json.encode(tokens).decode()]
+    options += ["--workers", str(workers)]
     command = [sys.executable, "-m", "bench.gateway.standin", *options]
     process = Process("the stand-in workers", command, log=folder / "standin.log", lines=True)
     try:
@@ -143,6 +148,25 @@ def relay(place: Place) -> Contender:
         return Contender("relay", json.loads(process.line(START_S)), "standin", (process,), paired=False)
 
 
+def serve_proxy(place: Place) -> Contender:
+    """The relay as an application behind Ray Serve's own HTTP proxy."""
+    return _serve("serve", place, [free_port()])
+
+
+def serve_haproxy(place: Place) -> Contender:
+    """The same with HAProxy in front, which Serve starts and configures."""
+    return _serve("serve-haproxy", place, [free_port(), free_port(), free_port()])
+
+
+def _serve(name: str, place: Place, ports: list[int]) -> Contender:
+    command = [sys.executable, "-m", "bench.gateway.serve_relay", "--worker", place.standins.urls["decode"][0]]
+    command += ["--ports", *map(str, ports)]
+    log = place.folder / f"{name}.log"
+    process = Process(f"Ray Serve ({name})", command, log=log, lines=True, grace_s=SERVE_STOPS_S)
+    with _stopped_on_failure(process):
+        return Contender(name, json.loads(process.line(START_S)), "standin", (process,), paired=False)
+
+
 def sglang_router(place: Place) -> Contender:
     """sglang-router, the Rust router that SGLang's repository had."""
     return _rust(place, "sglang-router", "sglang_router.launch_router")
@@ -156,6 +180,8 @@ def smg(place: Place) -> Contender:
 CONTENDERS: dict[str, Callable[[Place], Contender]] = {
     "direct": direct,
     "relay": relay,
+    "serve": serve_proxy,
+    "serve-haproxy": serve_haproxy,
     "tandem": tandem,
     "tandem-x2": two_tandems,
     "sglang-router": sglang_router,
@@ -163,10 +189,14 @@ CONTENDERS: dict[str, Callable[[Place], Contender]] = {
 }
 
 
+FASTEST = {"serve": 60.0}
+"""Requests/s above which one only falls behind on two cores; then its queue would be measured."""
+
+
 def _rust(place: Place, name: str, module: str) -> Contender:
     python = RUST_VENV / "bin" / "python"
     if not python.exists():
-        raise BenchError(f"{python} is missing: `make bench-gateway` makes it, or leave {name} out with --only")
+        raise BenchError(f"{python} is missing: `make bench-gateway` makes it, or leave {name} out with --contenders")
     port, metrics = free_port(), free_port()
     workers: list[str] = []
     for url in place.standins.urls["prefill"]:

@@ -33,10 +33,18 @@ class Process:
     """One process of ours. Its standard input stays open as long as it is wanted; the log is kept for a failure."""
 
     def __init__(
-        self, name: str, command: Sequence[str], *, log: Path, env: Mapping[str, str] | None = None, lines: bool = False
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        lines: bool = False,
+        grace_s: float = 1.5,
     ) -> None:
-        """`lines`: its standard output is read with `line`; else it goes to the log as well."""
+        """`lines`: its standard output is read with `line`; else it goes to the log as well. `grace_s`: see `stop`."""
         self.name = name
+        self._grace_s = grace_s
         self._log_path = log
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as file:
@@ -66,6 +74,17 @@ class Process:
         self._process.stdin.write(data)
         self._process.stdin.close()
 
+    def tell(self, line: bytes) -> None:
+        """One line of its standard input, which stays open."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(line + b"\n")
+        self._process.stdin.flush()
+
+    def close(self) -> None:
+        """End its standard input."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+
     def wait(self, within: float) -> int:
         try:
             return self._process.wait(within)
@@ -82,14 +101,14 @@ class Process:
         return BenchError(f"{self.name} {what}; its log ends:\n{tail}")
 
     def stop(self) -> None:
-        """Close its input, then ask it, then kill it. Idempotent."""
+        """Close its input, then ask it, then kill it, each time after its grace. Idempotent."""
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
                 stream.close()
         for act in (lambda: None, self._process.terminate, self._process.kill):
             act()
             try:
-                self._process.wait(1.5)
+                self._process.wait(self._grace_s)
                 return
             except subprocess.TimeoutExpired:
                 continue

@@ -19,6 +19,8 @@ from tandem.core.types import Group, GroupState, Role
 from tandem.gateway.replica import GatewayReplica, spare_the_collector
 from tandem.state import open_store
 
+FLEET = "bench"
+
 
 def groups(urls: dict[str, list[str]]) -> list[Group]:
     """The stand-ins as groups of a fleet."""
@@ -38,7 +40,7 @@ def groups(urls: dict[str, list[str]]) -> list[Group]:
 
 
 async def _announce(folder: Path, found: list[Group]) -> None:
-    store = await open_store("embedded", fleet="bench", folder=folder)
+    store = await open_store("embedded", fleet=FLEET, folder=folder)
     try:
         for group in found:
             await store.put(f"groups/{group.group}", msgspec.json.encode(group))
@@ -52,18 +54,20 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="where the store's file goes")
     parser.add_argument("--urls", required=True, help="JSON: the stand-ins' URLs by role")
     parser.add_argument("--port", type=int, default=0, help="that of another replica, to share it")
+    parser.add_argument("--config", type=json.loads, default={}, help="JSON: sections in place of the benchmark's own")
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     asyncio.run(_announce(options.folder, groups(json.loads(options.urls))))
     config = FleetConfig.model_validate(
         {
-            "name": "bench",
+            "name": FLEET,
             "model": {"name": "standin"},
             "gateway": {"port": options.port, "grpc_port": 0},
             "prefill": {"max_total_tokens": 10**7},
             "decode": {"max_total_tokens": 10**7},
             # The stand-ins take any number of requests; a queue before them would be measured instead of the gateway.
             "admission": {"running_per_decode_rank": 4096, "tokens_per_prefill_rank": 10**8},
+            **options.config,
         }
     )
     replica = GatewayReplica(config, model_path=options.model, folder=options.folder)

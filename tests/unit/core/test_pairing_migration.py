@@ -211,8 +211,18 @@ def test_a_prefill_that_fails_while_tokens_are_held_takes_them_along(failure: Fa
 def test_an_abort_of_prefill_after_tokens_were_shown_fails_closed() -> None:
     table = running()
     table.handle(LegTokens(room=7, ids=[1]), 1)
-    actions = table.handle(LegFailed(room=7, role=PREFILL, failure=ABORTED), 2)
-    assert (aborted(actions), the(Fail, actions).failure.kind) == ({DECODE}, FailureKind.BAD_KV)
+    table.handle(LegFailed(room=7, role=PREFILL, failure=ABORTED), 2)
+    assert table.handle(LegTokens(room=7, ids=[2]), 2) == []
+    table.handle(LegFinished(room=7, role=DECODE, reason="stop"), 2)
+    assert the(Fail, table.handle(Tick(), 3)).failure.kind is FailureKind.BAD_KV
+    assert empty(table)
+
+
+def test_an_abort_of_prefill_that_is_but_the_echo_of_decodes_own_is_a_migration() -> None:
+    table = running()
+    table.handle(LegTokens(room=7, ids=[1]), 1)
+    table.handle(LegFailed(room=7, role=PREFILL, failure=ABORTED), 2)
+    assert the(NeedPair, table.handle(LegFailed(room=7, role=DECODE, failure=ABORTED), 2)).version == "v1"
 
 
 def test_different_first_tokens_after_one_was_shown_fail_closed() -> None:

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 
 from tandem.engine.cpu import plugin, standins
 from tandem.engine.cpu.versions import EngineError, check_versions
+from tandem.engine.plugin import install
 
 ENVIRONMENT = {
     plugin.SWITCH: "1",
+    install.SWITCH: "1",
     "SGLANG_USE_CPU_ENGINE": "1",
     "OMP_NUM_THREADS": "1",
     "TORCHDYNAMO_DISABLE": "1",

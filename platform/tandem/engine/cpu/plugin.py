@@ -1,27 +1,19 @@
-"""The SGLang plug-in that makes DeepSeek-V3-architecture models run on the CPU engine.
+"""The SGLang plug-in: what makes DeepSeek-V3-architecture models run on a CPU, beside what Tandem adds on every device.
 
 SGLang finds it by its entry point (`sglang.srt.plugins`) in every environment that Tandem is installed in, so it does
-nothing unless `TANDEM_CPU_ENGINE=1`. SGLang only logs a plug-in or hook that fails; `check_hooks` finds out.
+nothing unless it is switched on: the hooks for all devices (`engine/plugin/`) by `TANDEM_ENGINE=1`, those of the CPU
+engine by `TANDEM_CPU_ENGINE=1`. SGLang only logs a plug-in or hook that fails; `check_hooks` finds out.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 from tandem.engine.cpu.versions import EngineError
+from tandem.engine.plugin import hook, install, progress
+from tandem.engine.plugin.hook import Hook
 
 SWITCH = "TANDEM_CPU_ENGINE"
-
-
-class Hook(NamedTuple):
-    """One function of SGLang, and what is done to it."""
-
-    target: str
-    function: Callable[..., Any]
-    how: str
-    """`around` or `after`, as in `sglang.srt.plugins.hook_registry.HookType`."""
 
 
 def active() -> bool:
@@ -31,7 +23,7 @@ def active() -> bool:
 
 def hooks() -> tuple[Hook, ...]:
     """Every hook of the CPU engine."""
-    from tandem.engine.cpu import collectives, dispatcher, experts, forward_count, idle, processes, seeds
+    from tandem.engine.cpu import collectives, dispatcher, experts, forward_count, idle, processes, seeds, shared_host
 
     group = "sglang.srt.distributed.parallel_state.GroupCoordinator"
     managers = "sglang.srt.managers"
@@ -58,30 +50,29 @@ def hooks() -> tuple[Hook, ...]:
         Hook("sglang.srt.layers.sampler.Sampler._sample_from_probs", seeds.sample_by_seed, "around"),
         Hook(f"{managers}.load_snapshot.shm_path_for", processes.load_file, "around"),
         Hook("sglang.srt.entrypoints.engine._set_envs_and_config", processes.fork_children, "after"),
+        Hook("sglang.srt.models.deepseek_v2.DeepseekV2DecoderLayer.forward", progress.layer, "before"),
+        Hook("sglang.srt.server_args.PortArgs.init_new", shared_host.choose_ports, "around"),
+        Hook("sglang.srt.utils.network.wait_port_available", shared_host.wait_for_port, "around"),
     )
 
 
 def register() -> None:
-    """Entry point: called by SGLang's `load_plugins` in every engine process."""
+    """Entry point: called by SGLang's `load_plugins` in every engine process, on every device."""
+    install.register()
     if not active():
         return
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
     from tandem.engine.cpu import attention, nixl_host
 
     attention.install()
     nixl_host.install()
-    for hook in hooks():
-        HookRegistry.register(hook.target, hook.function, HookType(hook.how))
+    hook.register(hooks())
 
 
 def check_hooks() -> None:
-    """Raise `EngineError` unless everything that `register` does has taken effect in this process."""
-    from sglang.srt.plugins.hook_registry import HookRegistry
-
+    """Raise `EngineError` unless everything that `register` does on a CPU has taken effect in this process."""
     from tandem.engine.cpu import attention, nixl_host
 
-    missing = [hook.target for hook in hooks() if hook.target not in HookRegistry._patched]
+    missing = hook.missing((*hooks(), *(install.hooks() if install.active() else ())))
     missing += [
         name for name, taken in (("NIXL", nixl_host.installed()), ("MLA attention", attention.installed())) if not taken
     ]

@@ -1,0 +1,59 @@
+"""The grammar of a resumed request has read what was said before, on the prefill side and on the decode side.
+
+Each request has a grammar of its own: SGLang puts an unread copy into its cache before the request reads, and copies it
+for the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tandem.engine.plugin.resume import ResumeError, resumed_tokens
+
+
+def read_at_once(original: Callable[..., bool], self: Any, request: Any) -> bool:
+    """Around `GrammarManager.process_req_with_grammar`: True = the grammar has yet to be compiled."""
+    try:
+        tokens = resumed_tokens(request)
+    except ResumeError as error:
+        # Only an admissible request gets a grammar: what is aborted must not have one.
+        request.set_finish_with_abort(str(error))
+        return False
+    waits = original(self, request)
+    if tokens and not waits:
+        read(request, tokens)
+    return waits
+
+
+def read_when_compiled(ready: list[Any], self: Any) -> list[Any]:
+    """After `GrammarManager.get_ready_grammar_requests`."""
+    for request in ready:
+        if request.to_finish is None and (tokens := resumed_tokens(request)):
+            read(request, tokens)
+    return ready
+
+
+def read(request: Any, tokens: list[int]) -> None:
+    """Have the request's grammar read `tokens`; abort the request for good if they do not fit."""
+    grammar = request.grammar
+    if grammar is None or request.to_finish is not None:
+        return
+    for place, token in enumerate(tokens):
+        if grammar.is_terminated():
+            _refuse(request, f"goes on behind the end of its grammar, from token {place} of {len(tokens)}")
+            return
+        try:
+            grammar.accept_token(token)
+        except (ValueError, RuntimeError):  # their texts hold the request's words
+            _refuse(request, f"does not fit its grammar, from token {place} of {len(tokens)}")
+            return
+    if grammar.is_terminated():
+        _refuse(request, "is complete")
+        return
+    # To the decode side, a current token means that the one from prefill has been read too.
+    grammar.current_token = None
+
+
+def _refuse(request: Any, why: str) -> None:
+    request.set_finish_with_abort(f"the output to resume {why}")
