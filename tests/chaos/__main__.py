@@ -1,0 +1,64 @@
+"""`python -m chaos --faults 300 --seed 1`: all scenarios, one after the other, each on a fleet of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+from rich.console import Console
+
+from chaos.measure import Report, table
+from chaos.play import play
+from chaos.scenarios import SCENARIOS, Scenario, by_name
+from chaos.stage import home
+
+
+def main(
+    faults: Annotated[int, typer.Option(help="In all, over all scenarios by their shares.")] = 300,
+    seed: Annotated[int, typer.Option(help="Of the order of the faults, and of what they hit.")] = 1,
+    scenario: Annotated[list[str] | None, typer.Option(help="Only these; all faults are theirs.")] = None,
+    kind: Annotated[str, typer.Option(help="Only faults whose kind has this in it.")] = "",
+    json: Annotated[Path | None, typer.Option(help="Where the reports go.")] = None,
+    keep: Annotated[Path | None, typer.Option(help="Where logs and usage records go.")] = None,
+) -> None:
+    """Kill, stop and cut off parts of real fleets under traffic, and check that nothing is lost, doubled or altered."""
+    console = Console()
+    chosen = [by_name(name) for name in scenario] if scenario else list(SCENARIOS)
+    cache = Path(tempfile.gettempdir())
+    reports: list[Report] = []
+    for one, count in _counts(chosen, faults):
+        with home() as folder, console.status(one.name) as status:
+
+            def show(line: str) -> None:
+                status.update(line)
+                console.log(line)
+
+            few = tuple(fault for fault in one.faults if kind in fault.kind)
+            wanted = msgspec.structs.replace(one, faults=few)
+            report = asyncio.run(play(wanted, count, seed, home=folder, cache=cache, keep=keep, show=show))
+        reports.append(report)
+        console.print(table(report))
+        for line in report.wrong:
+            console.print(f"[red]✗[/] {line}", highlight=False)
+        if json is not None:
+            json.write_bytes(msgspec.json.format(msgspec.json.encode(reports)))
+    sys.exit(1 if any(report.wrong for report in reports) else 0)
+
+
+def _counts(chosen: list[Scenario], faults: int) -> list[tuple[Scenario, int]]:
+    """How many faults each scenario gets; at least one."""
+    shares = [scenario.share or 1.0 for scenario in chosen]
+    return [
+        (scenario, max(1, round(faults * share / sum(shares)))) for scenario, share in zip(chosen, shares, strict=True)
+    ]
+
+
+if __name__ == "__main__":
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(main)
+    app()

@@ -1,0 +1,141 @@
+"""Signals to the processes of engines, and how the fleet takes them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import time
+from collections.abc import AsyncIterator, Callable
+
+import msgspec
+import psutil
+
+from chaos.checks import busy_lines
+from chaos.faults import HitEngine, Process
+from chaos.stage import WHOLE_S, Stage
+from chaos.watch import NotInTime, Seen
+from tandem.core.types import Group, GroupState, Rank
+from tandem.engine.http1 import Pool
+
+NOTICE_S = 30.0
+"""A dead process that nobody has noticed by then is a failure of the fleet."""
+WORK_S = 8.0
+_LOOK_S = 0.02
+
+
+class Happening(msgspec.Struct, kw_only=True):
+    """A fault that was carried out. Times in seconds after `at`, which is on the monotonic clock; None = never."""
+
+    kind: str
+    at: float
+    where: str = ""
+    noticed: float | None = None
+    reason: str = ""
+    """The group's, when it was noticed."""
+    back: float | None = None
+    problem: str = ""
+    """What went wrong with it that is the fleet's fault."""
+
+
+async def hit_engine(
+    stage: Stage, fault: HitEngine, rng: random.Random, happening: Happening, struck: Callable[[], None]
+) -> None:
+    """Send the signal; return when the group is ready again."""
+    watch = stage.watch
+    group = await _one_at_work(stage, fault, rng)
+    rank = group.ranks[0] if fault.rank == "leader" else rng.choice(group.ranks[1:])
+    victim = process_of(rank, fault.process)
+    happening.where = f"{group.group} rank {rank.rank}"
+    engine = [victim, *psutil.Process(rank.pid).children(recursive=True)]
+    happening.at = time.monotonic()
+    if fault.how == "pause":
+        async with stopped(victim.pid):
+            await asyncio.sleep(fault.seconds)
+        await stage.whole()
+        return
+    os.kill(victim.pid, signal.SIGKILL if fault.how == "kill" else signal.SIGSTOP)
+    struck()
+    try:
+        seen = await _noticed(stage, group, happening.at)
+        happening.noticed = seen.at - happening.at
+        happening.reason = "gone" if seen.group is None else seen.group.reason
+    except NotInTime as error:
+        happening.problem = f"nobody noticed: {error}"
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rank.pid, signal.SIGKILL)
+    later = group.epoch + 1
+    await watch.until(
+        f"{group.group} is ready at epoch {later}",
+        lambda: (
+            (now := watch.groups.get(group.group)) is not None and now.epoch >= later and now.state is GroupState.READY
+        ),
+        WHOLE_S,
+    )
+    happening.back = time.monotonic() - happening.at
+    if left := [process.pid for process in engine if process.is_running() and process.status() != "zombie"]:
+        happening.problem = f"processes {left} of the old epoch live on"
+
+
+async def _one_at_work(stage: Stage, fault: HitEngine, rng: random.Random) -> Group:
+    """A group that has a request right now, if one gets any in a while: a fault that hits nobody shows little."""
+    pool = Pool()
+    ends = time.monotonic() + WORK_S
+    try:
+        while True:
+            able = [group for group in stage.watch.of(fault.role) if fault.rank == "leader" or len(group.ranks) > 1]
+            rng.shuffle(able)
+            for group in able:
+                if await busy_lines(pool, group):
+                    return group
+            if time.monotonic() > ends:
+                return able[0]
+            await asyncio.sleep(_LOOK_S)
+    finally:
+        await pool.close()
+
+
+async def _noticed(stage: Stage, group: Group, at: float) -> Seen:
+    def change() -> Seen | None:
+        return next(
+            (
+                seen
+                for seen in stage.watch.since(group.group, at)
+                if seen.group is None or seen.group.epoch > group.epoch or seen.group.state is GroupState.FAILED
+            ),
+            None,
+        )
+
+    await stage.watch.until(f"{group.group} is seen to have failed", lambda: change() is not None, NOTICE_S)
+    found = change()
+    assert found is not None
+    return found
+
+
+def process_of(rank: Rank, which: Process) -> psutil.Process:
+    """A process of an engine; the main one where it has none of that kind (followers have no detokenizer)."""
+    main = psutil.Process(rank.pid)
+    if which == "main":
+        return main
+    children = main.children(recursive=True)
+    return next((child for child in children if title(child).startswith(f"sglang::{which}")), main)
+
+
+def title(process: psutil.Process) -> str:
+    """Its command line, which SGLang and Ray set to what it is."""
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
+
+
+@contextlib.asynccontextmanager
+async def stopped(pid: int) -> AsyncIterator[None]:
+    """Keep a process stopped."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)

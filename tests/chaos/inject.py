@@ -1,0 +1,303 @@
+"""The hands: carries out one fault on a stage, and sees how it is noticed and made good."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+
+from chaos import network
+from chaos.checks import all_idle
+from chaos.engine_faults import NOTICE_S, Happening, hit_engine, stopped, title
+from chaos.faults import (
+    Drain,
+    Fault,
+    FillDisk,
+    HitController,
+    HitEngine,
+    HitGateway,
+    HitNetwork,
+    HitRedis,
+    HitWire,
+    JumpClock,
+    Leave,
+    Orphan,
+)
+from chaos.stage import Stage
+from chaos.traffic import Traffic
+from chaos.watch import NotInTime
+from tandem.core.types import GroupState, Role
+from tandem.fleet.control_client import ControlError
+from tandem.fleet.snapshot import read_snapshot
+from tandem.state import StoreError
+
+CONTROL_S = 60.0
+IDLE_S = 15.0
+LEFT_S = 5.0
+"""Engines must be idle so soon after their clients have left: 1 s is what is promised on a machine that is not busy."""
+ORPHANS_S = 30.0
+"""The same after their gateway has died: its entry in the store lives for 10 s more."""
+STORE_S = 60.0
+DRAIN_S = 60.0
+_LOOK_S = 0.1
+
+
+Struck = Callable[[], None]
+
+
+async def carry_out(
+    stage: Stage, traffic: Traffic, fault: Fault, rng: random.Random, struck: Struck = lambda: None
+) -> Happening:
+    """Do it, and return when the fleet has made it good, or has failed to. `struck` is called once a group is hit."""
+    happening = Happening(kind=fault.kind, at=time.monotonic())
+    try:
+        await _do(stage, traffic, fault, rng, happening, struck)
+    except (NotInTime, ControlError, StoreError, TimeoutError) as error:
+        happening.problem = str(error) or f"{type(error).__name__} after {time.monotonic() - happening.at:.0f} s"
+    return happening
+
+
+async def _do(
+    stage: Stage, traffic: Traffic, fault: Fault, rng: random.Random, happening: Happening, struck: Struck
+) -> None:
+    match fault:
+        case HitEngine():
+            await hit_engine(stage, fault, rng, happening, struck)
+        case HitGateway():
+            await _hit_gateway(stage, fault, rng, happening)
+        case HitController():
+            await _hit_controller(stage, fault, happening)
+        case HitRedis():
+            names = set(stage.watch.desired)
+            await _hit_redis(stage, fault)
+            await _in_store(stage, names)
+        case HitWire():
+            await _hit_wire(stage, fault, rng, happening)
+        case HitNetwork():
+            await _hit_network(stage, fault, rng, happening)
+        case FillDisk(what=what, seconds=seconds):
+            with _filled(stage.disks[what]):
+                await asyncio.sleep(seconds)
+        case JumpClock(by=by, seconds=seconds):
+            assert stage.side is not None
+            stage.side.set_clock(by)
+            await asyncio.sleep(seconds)
+            stage.side.set_clock(0)
+        case Drain(role=role):
+            await _drain(stage, role, rng, happening, struck)
+        case Leave(clients=clients):
+            await _leave(stage, traffic, clients, happening)
+        case Orphan():
+            await _orphan(stage, traffic, fault, happening)
+        case _:
+            raise AssertionError(f"nobody knows how to do {fault}")
+    if happening.back is None:
+        await stage.whole()
+        happening.back = time.monotonic() - happening.at
+
+
+async def _hit_gateway(stage: Stage, fault: HitGateway, rng: random.Random, happening: Happening) -> None:
+    replica = rng.choice(sorted(stage.watch.gateways.values(), key=lambda one: one.replica))
+    happening.where = replica.replica
+    happening.at = time.monotonic()
+    if fault.how == "pause":
+        async with stopped(replica.pid):
+            await asyncio.sleep(fault.seconds)
+        return
+    os.kill(replica.pid, signal.SIGKILL)
+    watch = stage.watch
+    await watch.until(f"{replica.replica} is out of the store", lambda: replica.replica not in watch.gateways, NOTICE_S)
+    happening.noticed = time.monotonic() - happening.at
+    happening.reason = "its entry in the store has expired"
+
+
+def controller(stage: Stage) -> psutil.Process:
+    """The process of the fleet's controller (not Serve's)."""
+    return next(process for process in stage.fleet.processes() if title(process).startswith("ray::Controller"))
+
+
+async def _hit_controller(stage: Stage, fault: HitController, happening: Happening) -> None:
+    before = {name: group.epoch for name, group in stage.watch.groups.items()}
+    starting = {name for name, group in stage.watch.groups.items() if group.state is not GroupState.READY}
+    victim = controller(stage)
+    happening.at = time.monotonic()
+    if fault.how == "pause":
+        async with stopped(victim.pid):
+            await asyncio.sleep(fault.seconds)
+    else:
+        victim.kill()
+        await asyncio.to_thread(victim.wait, 10)
+    async with asyncio.timeout(CONTROL_S):
+        while not await _answers(stage):
+            await asyncio.sleep(_LOOK_S)
+    happening.back = time.monotonic() - happening.at
+    await stage.whole()
+    anew = {
+        name
+        for name, group in stage.watch.groups.items()
+        if name in before and name not in starting and group.epoch != before[name]
+    }
+    # Others that were killed meanwhile start anew of right; these were not.
+    if anew and not starting:
+        happening.problem = f"{sorted(anew)} were restarted with the controller"
+
+
+async def _answers(stage: Stage) -> bool:
+    try:
+        async with stage.control() as control:
+            return bool(await control.load())
+    except ControlError:
+        return False
+
+
+async def _hit_redis(stage: Stage, fault: HitRedis) -> None:
+    import redis
+
+    server = stage.redis
+    assert server is not None
+    if fault.how == "hang":
+        with server.frozen():
+            await asyncio.sleep(fault.seconds)
+        return
+    path = Path(server.url.removeprefix("unix://"))
+    dump = path.parent / "dump.rdb"
+    if fault.how == "kill":
+        await asyncio.to_thread(redis.Redis(unix_socket_path=str(path)).save)
+    else:
+        dump.unlink(missing_ok=True)
+    await asyncio.to_thread(server.stop)
+    await asyncio.sleep(fault.seconds)
+    await asyncio.to_thread(server.start)
+
+
+async def _in_store(stage: Stage, names: set[str]) -> None:
+    """Wait until the store itself names these groups, and all replicas: a watch may not have seen yet that it was
+    emptied.
+    """
+    replicas = stage.shape.replicas
+    ends = time.monotonic() + STORE_S
+    while True:
+        told = "the store does not answer"
+        with contextlib.suppress(StoreError):
+            snapshot = await read_snapshot(stage.watch.store)
+            ready = {group.group for group in snapshot.groups if group.state is GroupState.READY}
+            if (
+                names <= ready
+                and len(snapshot.gateways) >= replicas
+                and names <= {spec.group for spec in snapshot.desired}
+            ):
+                return
+            told = f"ready groups: {sorted(ready)}, {len(snapshot.gateways)} gateways, {len(snapshot.desired)} wanted"
+        if time.monotonic() > ends:
+            raise NotInTime(f"{STORE_S:g} s after Redis came back, the store is not whole: {told}")
+        await asyncio.sleep(_LOOK_S)
+
+
+async def _hit_wire(stage: Stage, fault: HitWire, rng: random.Random, happening: Happening) -> None:
+    assert stage.side is not None
+    names = [group.group for group in stage.watch.of(fault.role)]
+    proxies = stage.side.proxies
+    name = rng.choice([name for name in names if proxies[name].open] or names)
+    proxy = proxies[name]
+    happening.where = f"{name}, {proxy.open} connections"
+    happening.at = time.monotonic()
+    try:
+        match fault.how:
+            case "cut":
+                proxy.cut()
+            case "cut_after":
+                proxy.cut_after(fault.bytes or rng.randrange(1, 4000))
+                await asyncio.sleep(fault.seconds)
+            case "refuse":
+                proxy.refusing = True
+                await asyncio.sleep(fault.seconds)
+            case "stall":
+                proxy.stall()
+                await asyncio.sleep(fault.seconds)
+            case "delay":
+                proxy.delay_s = 0.3
+                await asyncio.sleep(fault.seconds)
+    finally:
+        proxy.mend()
+    happening.back = time.monotonic() - happening.at
+
+
+async def _hit_network(stage: Stage, fault: HitNetwork, rng: random.Random, happening: Happening) -> None:
+    prefill, decode = (rng.choice(stage.watch.of(role)).ranks[0].host for role in (Role.PREFILL, Role.DECODE))
+    happening.where = f"{prefill} and {decode}"
+    happening.at = time.monotonic()
+    made = network.dropped(prefill, decode) if fault.how == "drop" else network.slowed(decode, fault.kbit)
+    with made:
+        await asyncio.sleep(fault.seconds)
+
+
+async def _drain(stage: Stage, role: Role, rng: random.Random, happening: Happening, struck: Struck) -> None:
+    watch = stage.watch
+    group = rng.choice(watch.of(role)).group
+    spec = watch.desired[group]
+    happening.where = group
+    happening.at = time.monotonic()
+    async with stage.control() as control:
+        await control.drain(group, DRAIN_S, migrate=True)
+        struck()
+        await watch.until(
+            f"{group} is gone", lambda: group not in watch.groups and group not in watch.desired, DRAIN_S + 30
+        )
+        happening.noticed = time.monotonic() - happening.at
+        happening.reason = "gone"
+        await control.put_group(spec)
+    await watch.until(f"{group} is wanted again", lambda: group in watch.desired, 20)
+
+
+async def _leave(stage: Stage, traffic: Traffic, clients: int, happening: Happening) -> None:
+    async with traffic.held():
+        await all_idle(stage, IDLE_S)
+        happening.at = time.monotonic()
+        await traffic.leave(clients)
+        gone = time.monotonic()
+        last = await all_idle(stage, IDLE_S)
+        happening.noticed = time.monotonic() - gone
+        happening.reason = "all engines idle after the last client left"
+        happening.where = f"last: {last}"
+        if happening.noticed > LEFT_S:
+            happening.problem = f"engines were busy for {happening.noticed:.1f} s after their clients had left: {last}"
+
+
+async def _orphan(stage: Stage, traffic: Traffic, fault: Orphan, happening: Happening) -> None:
+    async with traffic.held():
+        await all_idle(stage, IDLE_S)
+        replicas = list(stage.watch.gateways.values())
+        async with traffic.endless(fault.streams, fault.tokens):
+            happening.at = time.monotonic()
+            for replica in replicas:
+                os.kill(replica.pid, signal.SIGKILL)
+        happening.where = f"{len(replicas)} replicas, last: {await all_idle(stage, ORPHANS_S)}"
+        happening.noticed = time.monotonic() - happening.at
+        happening.reason = "all engines idle"
+        gone = {replica.replica for replica in replicas}
+        await stage.watch.until(
+            "the dead replicas are out of the store", lambda: not gone & stage.watch.gateways.keys(), NOTICE_S
+        )
+        await stage.whole()
+
+
+@contextlib.contextmanager
+def _filled(disk: Path) -> Iterator[None]:
+    ballast = disk / "ballast"
+    try:
+        with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(1 << 16))
+        with contextlib.suppress(OSError), open(ballast, "ab", buffering=0) as file:
+            while True:  # the last pages
+                file.write(bytes(64))
+        yield
+    finally:
+        ballast.unlink(missing_ok=True)

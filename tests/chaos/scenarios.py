@@ -1,0 +1,194 @@
+"""Traffic, faults and checks, as data."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from collections.abc import Sequence
+
+import msgspec
+
+from chaos.faults import (
+    Drain,
+    Fault,
+    FillDisk,
+    HitController,
+    HitEngine,
+    HitGateway,
+    HitNetwork,
+    HitRedis,
+    HitWire,
+    JumpClock,
+    Leave,
+    Orphan,
+    Place,
+    Process,
+    Signal,
+    WireHow,
+)
+from chaos.side_gateway import fake_time
+from chaos.stage import Shape, spare
+from tandem.core.types import Role
+
+ALL_CHECKS = ("answers", "usage", "rooms", "engines", "groups", "processes", "nothing left")
+PREFILL, DECODE = Role.PREFILL, Role.DECODE
+
+
+class Scenario(msgspec.Struct, frozen=True, kw_only=True):
+    """What is done to a fleet, and what must hold afterwards."""
+
+    name: str
+    shape: Shape
+    faults: tuple[Fault, ...]
+    clients: int = 3
+    """Of each gateway, each with one stream after the other."""
+    between: tuple[int, int] = (20, 150)
+    """Tokens that clients are given from one fault to the next: drawn between these."""
+    overlap: bool = False
+    """A fault comes while groups still start from an earlier one, as long as each role has a spare."""
+    allows: frozenset[str] = frozenset()
+    """Codes of errors that an answer may be."""
+    checks: tuple[str, ...] = ALL_CHECKS
+    share: float = 0.0
+    """Of the faults of a long run."""
+
+    def draw(self, count: int, rng: random.Random) -> list[Fault]:
+        """`count` faults, each as often as the others, in an order of chance."""
+        drawn: list[Fault] = []
+        while len(drawn) < count:
+            drawn += rng.sample(self.faults, len(self.faults))
+        return drawn[:count]
+
+
+# One group of each role has two ranks, the other one.
+_MIXED = (spare(PREFILL, 1), spare(DECODE, 1))
+
+
+_PARTS: tuple[tuple[Place, Process], ...] = (
+    ("leader", "main"),
+    ("leader", "scheduler"),
+    ("leader", "detokenizer"),
+    ("follower", "main"),
+    ("follower", "scheduler"),
+)
+_SIGNALS: tuple[Signal, ...] = ("kill", "freeze", "pause")
+_ENGINE: tuple[Fault, ...] = tuple(
+    HitEngine(role=role, rank=rank, process=process, how=how)
+    for role in Role
+    for rank, process in _PARTS
+    for how in _SIGNALS
+)
+
+_WIRES: tuple[tuple[WireHow, float], ...] = (
+    ("cut", 0),
+    ("cut_after", 2),
+    ("refuse", 1),
+    ("stall", 2),
+    ("stall", 14),
+    ("delay", 3),
+)
+_WIRE: tuple[Fault, ...] = tuple(
+    HitWire(role=role, how=how, seconds=seconds) for role in Role for how, seconds in _WIRES
+)
+
+_CLOCK: tuple[Fault, ...] = (JumpClock(by=3600), JumpClock(by=-3600)) if fake_time() else ()
+_DISK: tuple[Fault, ...] = (FillDisk(what="logs"), FillDisk(what="usage")) if os.geteuid() == 0 else ()
+_HAS_REDIS = shutil.which("redis-server") is not None
+
+SCENARIOS: Sequence[Scenario] = (
+    Scenario(
+        name="engines",
+        shape=Shape(name="chaos-engines", further=_MIXED),
+        faults=_ENGINE,
+        share=0.45,
+    ),
+    Scenario(
+        name="front",
+        shape=Shape(name="chaos-front", further=_MIXED),
+        faults=(
+            HitGateway(how="kill"),
+            HitGateway(how="pause"),
+            HitController(how="kill"),
+            HitController(how="pause"),
+            *_WIRE,
+            *_CLOCK,
+            *_DISK,
+            Leave(),
+            Orphan(),
+        ),
+        share=0.2,
+    ),
+    Scenario(
+        name="drains",
+        shape=Shape(name="chaos-drains", groups=2, nodes=1, side=False),
+        faults=(Drain(role=PREFILL), Drain(role=DECODE)),
+        share=0.25,
+    ),
+    *(
+        [
+            Scenario(
+                name="redis",
+                shape=Shape(name="chaos-redis", groups=2, nodes=1, redis=True, side=False),
+                faults=(
+                    HitRedis(how="hang"),
+                    HitRedis(how="kill"),
+                    HitRedis(how="empty"),
+                    HitRedis(how="hang", seconds=8),
+                ),
+                share=0.05,
+            )
+        ]
+        if _HAS_REDIS
+        else []
+    ),
+    *(
+        [
+            Scenario(
+                name="network",
+                shape=Shape(name="chaos-network", groups=2, nodes=1, replicas=1, side=False, apart=True),
+                faults=(HitNetwork(how="drop"), HitNetwork(how="slow"), HitNetwork(how="drop", seconds=20)),
+                share=0.05,
+            )
+        ]
+        if os.geteuid() == 0 and shutil.which("nft") and shutil.which("tc")
+        else []
+    ),
+)
+
+SLICE = Scenario(
+    name="slice",
+    shape=Shape(name="chaos-slice", further=_MIXED, redis=_HAS_REDIS),
+    overlap=True,
+    between=(10, 80),
+    faults=(
+        HitEngine(role=PREFILL, process="main"),
+        HitEngine(role=DECODE, process="main"),
+        HitEngine(role=PREFILL, rank="follower", process="scheduler"),
+        HitEngine(role=DECODE, rank="follower"),
+        HitEngine(role=PREFILL, process="detokenizer", how="freeze"),
+        HitEngine(role=DECODE, process="scheduler", how="freeze"),
+        HitEngine(role=PREFILL, process="scheduler", how="pause"),
+        HitEngine(role=DECODE, process="scheduler", how="pause"),
+        HitGateway(how="kill"),
+        HitController(how="kill"),
+        HitWire(role=PREFILL, how="cut"),
+        HitWire(role=DECODE, how="cut"),
+        HitWire(role=DECODE, how="cut_after", seconds=2),
+        HitWire(role=PREFILL, how="refuse", seconds=1),
+        HitWire(role=DECODE, how="stall", seconds=2),
+        HitWire(role=PREFILL, how="delay", seconds=2),
+        *((HitRedis(how="hang"), HitRedis(how="kill")) if _HAS_REDIS else ()),
+        *_CLOCK,
+        *_DISK,
+        Drain(role=PREFILL),
+        Drain(role=DECODE),
+        Leave(),
+        Orphan(),
+    ),
+)
+"""A fault of each kind, for CI."""
+
+
+def by_name(name: str) -> Scenario:
+    return next(scenario for scenario in (*SCENARIOS, SLICE) if scenario.name == name)

@@ -1,0 +1,75 @@
+"""The judge finds what is wrong, and the numbers are what streams saw: otherwise a green run would say nothing."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import msgspec
+import pytest
+
+from chaos.client import Outcome
+from chaos.measure import gap, percentile
+from chaos.scenarios import SCENARIOS, SLICE, Scenario
+from chaos.traffic import References
+
+RIGHT = Outcome(
+    name="r", recipe="short", tokens=[1, 2, 3, 4], text="abcd", finish="length", usage={"completion_tokens": 4}
+)
+REFERENCES = References([], {"short": RIGHT})
+
+
+def changed(**fields: Any) -> Outcome:
+    return msgspec.structs.replace(RIGHT, **fields)
+
+
+def test_the_same_answer_is_right() -> None:
+    assert REFERENCES.fault(changed(name="other")) == ""
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        pytest.param({"tokens": [1, 2, 4, 4]}, "other tokens: at 2", id="altered"),
+        pytest.param({"tokens": [1, 2, 3]}, "other tokens: at 3", id="lost"),
+        pytest.param({"tokens": [1, 2, 2, 3, 4]}, "other tokens: at 2", id="doubled"),
+        pytest.param({"text": "abc"}, "other text", id="text lost"),
+        pytest.param({"finish": ""}, "other finish", id="no end"),
+        pytest.param({"usage": {"completion_tokens": 5}}, "usage tells 5", id="counted twice"),
+        pytest.param({"error": "HTTP 503", "code": "503"}, "503", id="refused"),
+        pytest.param({"left": True, "tokens": [1, 3]}, "other tokens among the first 2", id="left with a wrong one"),
+    ],
+)
+def test_an_answer_that_is_not_whole_and_right_is_found(fields: dict[str, Any], why: str) -> None:
+    assert why in REFERENCES.fault(changed(**fields))
+
+
+def test_who_left_may_have_a_part() -> None:
+    assert REFERENCES.fault(changed(left=True, tokens=[1, 2], text="ab", finish="", usage={})) == ""
+
+
+STREAM = changed(began=10.0, times=[11.0, 11.5, 14.0, 14.1], ended=14.2)
+
+
+@pytest.mark.parametrize(
+    ("at", "seconds", "longest"),
+    [
+        pytest.param(11.6, 0.0, 2.4, id="waits from the fault on"),
+        pytest.param(10.2, 0.0, 0.8, id="the first token counts"),
+        pytest.param(9.0, 2.0, 1.0, id="began before it was over"),
+        pytest.param(8.0, 1.0, None, id="began later"),
+        pytest.param(14.2, 1.0, None, id="had ended"),
+    ],
+)
+def test_a_gap_is_what_a_stream_waits_after_the_fault(at: float, seconds: float, longest: float | None) -> None:
+    assert gap(STREAM, at, seconds) == (None if longest is None else pytest.approx(longest))
+
+
+def test_percentiles_are_values_that_occurred() -> None:
+    assert [percentile([3.0, 1.0, 2.0, 4.0], share) for share in (0.5, 0.99)] == [2.0, 4.0]
+
+
+@pytest.mark.parametrize("scenario", [*SCENARIOS, SLICE], ids=lambda scenario: scenario.name)
+def test_a_draw_has_every_fault_equally_often(scenario: Scenario) -> None:
+    drawn = scenario.draw(3 * len(scenario.faults), random.Random(1))
+    assert all(drawn.count(fault) == 3 * scenario.faults.count(fault) for fault in scenario.faults)

@@ -1,0 +1,224 @@
+"""Clients that ask without a pause, over both gateways, and what came of all they asked."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import random
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+import orjson
+
+from chaos.client import SILENCE_S, Outcome, ask
+from chaos.recipes import RECIPES, Expected, Recipe, prompt, stopping
+from tandem.engine.http1 import Pool
+
+_QUIET_S = 120.0
+
+
+class WrongReference(AssertionError):
+    """The undisturbed fleet does not answer as it must."""
+
+
+class References:
+    """What each recipe's answer is."""
+
+    def __init__(self, recipes: Sequence[Recipe], answers: Mapping[str, Outcome]) -> None:
+        self.recipes = recipes
+        self._answers = answers
+
+    def fault(self, outcome: Outcome) -> str:
+        """What is wrong with an answer that is over; empty = it is complete and right."""
+        wanted = self._answers[outcome.recipe]
+        if outcome.left:
+            size = len(outcome.tokens)
+            return "" if outcome.tokens == wanted.tokens[:size] else f"other tokens among the first {size}"
+        if outcome.error:
+            return f"{outcome.code}: {outcome.error}"
+        pairs: list[tuple[str, Sequence[Any], Sequence[Any]]] = [
+            ("tokens", outcome.tokens, wanted.tokens),
+            ("text", outcome.text, wanted.text),
+            ("reasoning", outcome.reasoning, wanted.reasoning),
+            ("finish", outcome.finish, wanted.finish),
+        ]
+        for what, got, right in pairs:
+            if got != right:
+                return f"other {what}: {_first_difference(got, right)}"
+        told = outcome.usage.get("completion_tokens")
+        expected = wanted.usage["completion_tokens"]
+        return "" if told == expected else f"usage tells {told} tokens, not {expected}"
+
+
+def _first_difference(got: Sequence[Any], right: Sequence[Any]) -> str:
+    place = next(
+        (place for place, (one, other) in enumerate(zip(got, right, strict=False)) if one != other),
+        min(len(got), len(right)),
+    )
+    end = place + 6
+    return f"at {place} of {len(right)} (got {len(got)}): {got[place:end]!r} instead of {right[place:end]!r}"
+
+
+async def take_references(base: str, model: str, expected: Expected) -> References:
+    """Ask everything at once, and again; both must agree, with the oracle too where there is one.
+
+    Raises WrongReference.
+    """
+    pool = Pool()
+    try:
+        recipes = list(RECIPES)
+        first = await asyncio.gather(*(_asked(pool, base, model, recipe) for recipe in recipes))
+        stops = [stopping(recipe, outcome.text) for recipe, outcome in zip(recipes[2:4], first[2:4], strict=True)]
+        recipes += [recipe for recipe in stops if recipe is not None]
+        further = await asyncio.gather(*(_asked(pool, base, model, recipe) for recipe in recipes[len(first) :]))
+        answers = {outcome.recipe: outcome for outcome in (*first, *further)}
+        references = References(recipes, answers)
+        for outcome in await asyncio.gather(*(_asked(pool, base, model, recipe) for recipe in recipes)):
+            if why := references.fault(outcome):
+                raise WrongReference(f"{outcome.recipe!r} is not answered twice alike: {why}")
+        for recipe in recipes:
+            if recipe.oracle:
+                ids = await _prompt_ids(pool, base, model, recipe)
+                right = expected.answer(ids, recipe.fields["max_tokens"])
+                got = answers[recipe.name].tokens
+                if got != right:
+                    raise WrongReference(f"{recipe.name!r} is not the oracle's: {_first_difference(got, right)}")
+        return references
+    finally:
+        await pool.close()
+
+
+async def _asked(pool: Pool, base: str, model: str, recipe: Recipe) -> Outcome:
+    outcome = Outcome(name=f"reference-{uuid.uuid4().hex}", recipe=recipe.name)
+    await ask(pool, base, model, recipe, outcome)
+    if outcome.error:
+        raise WrongReference(f"{recipe.name!r} was refused: {outcome.error}")
+    return outcome
+
+
+async def _prompt_ids(pool: Pool, base: str, model: str, recipe: Recipe) -> list[int]:
+    if "prompt" in recipe.fields:
+        return list(recipe.fields["prompt"])
+    body = orjson.dumps({"model": model, "messages": recipe.fields["messages"]})
+    status, answer = await pool.fetch("POST", f"{base}/tokenize", body=body, within=30)
+    assert status == 200, answer
+    return list(orjson.loads(answer)["tokens"])
+
+
+class Traffic:
+    """`clients` of each gateway, each asking one thing after the other. Belongs to the running loop."""
+
+    def __init__(self, bases: Mapping[bool, str], model: str, references: References, rng: random.Random) -> None:
+        """`bases`: URL of the fleet's gateways (False), and of the side gateway (True) where there is one."""
+        self.done: list[Outcome] = []
+        self.running: dict[str, Outcome] = {}
+        self._bases = bases
+        self._model = model
+        self._references = references
+        self._rng = rng
+        self._pool = Pool()
+        self._numbers = itertools.count(1)
+        self._going = asyncio.Event()
+        self._going.set()
+        self._news = asyncio.Condition()
+        self._stopped = False
+        self._clients: list[asyncio.Task[None]] = []
+        self._run = uuid.uuid4().hex[:8]
+
+    def start(self, clients: int) -> None:
+        """Set `clients` going for each gateway."""
+        for side in self._bases:
+            self._clients += [asyncio.create_task(self._client(side), name="client") for _ in range(clients)]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that clients have been given until now."""
+        return sum(len(one.times) for one in (*self.done, *self.running.values()))
+
+    async def progress(self, tokens: int, within: float) -> None:
+        """Wait until clients have been given so many tokens more. Raises TimeoutError."""
+        wanted = self.tokens + tokens
+        async with asyncio.timeout(within):
+            # A token rings no bell of ours: the loop of each client is its own.
+            while self.tokens < wanted:
+                await asyncio.sleep(0.02)
+
+    async def settled(self, within: float) -> None:
+        """Wait until every stream that runs now has had a token more, or has ended. Raises TimeoutError."""
+        waiting = {name: len(one.times) for name, one in self.running.items()}
+        async with asyncio.timeout(within):
+            while waiting:
+                await asyncio.sleep(0.02)
+                running = self.running
+                waiting = {
+                    name: had for name, had in waiting.items() if name in running and len(running[name].times) <= had
+                }
+
+    @contextlib.asynccontextmanager
+    async def held(self) -> AsyncIterator[None]:
+        """Let what runs end, and nothing new begin."""
+        self._going.clear()
+        try:
+            async with asyncio.timeout(_QUIET_S), self._news:
+                await self._news.wait_for(lambda: not self.running)
+            yield
+        finally:
+            self._going.set()
+
+    async def stop(self) -> None:
+        """Let what runs end. Raises whatever broke a client."""
+        self._stopped = True
+        self._going.set()
+        async with asyncio.timeout(_QUIET_S):
+            await asyncio.gather(*self._clients)
+        await self._pool.close()
+
+    async def leave(self, clients: int, *, side: bool = False) -> list[Outcome]:
+        """Let some clients go away in the middle of their streams; returns when the last has gone."""
+        long = [recipe for recipe in self._references.recipes if recipe.fields["max_tokens"] >= 60]
+
+        async def one() -> Outcome:
+            return await self.ask_one(self._rng.choice(long), side=side, leave_after=self._rng.randrange(0, 30))
+
+        return list(await asyncio.gather(*(one() for _ in range(clients))))
+
+    @contextlib.asynccontextmanager
+    async def endless(self, streams: int, tokens: int) -> AsyncIterator[None]:
+        """Streams that have begun when the block is entered. They are not noted: nobody waits for their end."""
+        body = {"model": self._model, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True}
+        began = []
+        for number in range(streams):
+            data = orjson.dumps({**body, "prompt": prompt(number, 20 + number)})
+            response = await self._pool.request("POST", f"{self._bases[False]}/v1/completions", body=data, fresh=True)
+            began.append(response)
+        try:
+            for response in began:
+                assert await response.head(SILENCE_S) == 200
+                await response.chunk(SILENCE_S)
+            yield
+        finally:
+            for response in began:
+                response.close()
+
+    async def ask_one(self, recipe: Recipe, *, side: bool = False, leave_after: int | None = None) -> Outcome:
+        """One request, noted like all others."""
+        outcome = Outcome(name=f"chaos-{self._run}-{next(self._numbers)}", recipe=recipe.name, side=side)
+        outcome.began = time.monotonic()
+        self.running[outcome.name] = outcome
+        try:
+            await ask(self._pool, self._bases[side], self._model, recipe, outcome, leave_after=leave_after)
+        finally:
+            del self.running[outcome.name]
+            self.done.append(outcome)
+            async with self._news:
+                self._news.notify_all()
+        return outcome
+
+    async def _client(self, side: bool) -> None:
+        while not self._stopped:
+            await self._going.wait()
+            if not self._stopped:
+                await self.ask_one(self._rng.choice(self._references.recipes), side=side)
