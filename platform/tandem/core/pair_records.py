@@ -84,10 +84,11 @@ class Room:
         """Both legs are over."""
         return all(state is LegState.CLOSED for state in self.legs.values())
 
-    def decodes_on(self, group: str, epoch: int) -> bool:
-        """Whether its decode leg runs there."""
+    def may_leave(self, group: str, epoch: int) -> bool:
+        """Whether its decode leg runs there, and may go on elsewhere: not while what it has shown is in doubt."""
         decode = self.pair.decode
-        return (decode.group, decode.epoch) == (group, epoch) and self.legs[Role.DECODE] is not LegState.CLOSED
+        runs = self.legs[Role.DECODE] is not LegState.CLOSED and self.doubt is None
+        return (decode.group, decode.epoch) == (group, epoch) and runs
 
     def abort(self, reason: str) -> list[Action]:
         """End what still runs of it, on both sides."""

@@ -125,7 +125,7 @@ class PairTable:
         return [
             request.name
             for request in self._requests.values()
-            if request.room is not None and request.room.decodes_on(group, epoch)
+            if request.room is not None and request.room.may_leave(group, epoch)
         ]
 
     def next_deadline(self) -> float | None:
@@ -203,7 +203,7 @@ class PairTable:
     def _move(self, event: Move, now: float) -> list[Action]:
         request = self._requests.get(event.request)
         room = None if request is None else request.room
-        if request is None or room is None or not room.decodes_on(event.group, event.epoch):
+        if request is None or room is None or not room.may_leave(event.group, event.epoch):
             return []
         request.room = None
         request.attempt += 1
@@ -399,6 +399,8 @@ class PairTable:
         """One leg is lost: what becomes of the other, and of the request."""
         request = self._current(room)
         if role is Role.PREFILL and room.shown:
+            if request is not None and failure.kind is FailureKind.BAD_KV:
+                return self._distrust(room, request, failure, now)
             if request is None or failure.kind is not FailureKind.ABORTED:
                 return []
             # SGLang may say so of a transfer that decode took for complete.

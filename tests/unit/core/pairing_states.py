@@ -72,6 +72,7 @@ STATES: dict[str, Sequence[Event]] = {
     "held": [SUBMIT, OPENED, TOKENS],
     "complete": [SUBMIT, OPENED, TOKENS, LegFinished(room=7, role=DECODE, reason="stop")],
     "shown": [SUBMIT, OPENED, PREFILLED, TOKENS],
+    "doubted": [SUBMIT, OPENED, TOKENS, Tick(), LegFailed(room=7, role=PREFILL, failure=_failure(FailureKind.ABORTED))],
     "ended": [SUBMIT, OPENED, PREFILLED, TOKENS, LegFinished(room=7, role=DECODE, reason="stop")],
 }
 EVENTS: dict[str, Event] = {
@@ -100,7 +101,8 @@ def reach(state: str) -> PairTable:
     """A table whose one request is in this state."""
     table = PairTable()
     for event in STATES[state]:
-        table.handle(event, 0)
+        # What is held is shown when its time is over.
+        table.handle(event, 1 if isinstance(event, Tick) or event is STATES[state][-1] else 0)
     return table
 
 
@@ -130,7 +132,7 @@ def cell(state: str, event: Event) -> str:
     words = _words(table.handle(event, LATER.get(state, 50) if isinstance(event, Tick) else 1))
     if table.parked > before:
         words.append("wait")
-    if isinstance(event, LegTokens) and state in ("open", "held"):
+    if isinstance(event, LegTokens) and state in ("open", "held", "doubted"):
         words.append("hold")
     return ", ".join(words) or "–"
 

@@ -225,6 +225,22 @@ def test_an_abort_of_prefill_that_is_but_the_echo_of_decodes_own_is_a_migration(
     assert the(NeedPair, table.handle(LegFailed(room=7, role=DECODE, failure=ABORTED), 2)).version == "v1"
 
 
+def test_a_move_does_not_lift_a_doubt() -> None:
+    table = running()
+    table.handle(LegTokens(room=7, ids=[1]), 1)
+    table.handle(LegFailed(room=7, role=PREFILL, failure=ABORTED), 2)
+    assert table.decoding_on("d0", 1) == []
+    assert table.handle(Move(request="r", group="d0", epoch=1), 2) == []
+    assert the(Fail, table.handle(Tick(), 3)).failure.kind is FailureKind.BAD_KV
+
+
+def test_a_prefill_of_other_weights_fails_closed_when_tokens_are_out() -> None:
+    table = running()
+    table.handle(LegTokens(room=7, ids=[1]), 1)
+    other = Failure(kind=FailureKind.BAD_KV, message="p0 has the weights 'v2'")
+    assert the(Fail, table.handle(LegFailed(room=7, role=PREFILL, failure=other), 2)).failure == other
+
+
 def test_different_first_tokens_after_one_was_shown_fail_closed() -> None:
     table = running()
     table.handle(LegTokens(room=7, ids=[9]), 1)

@@ -59,7 +59,7 @@ async def test_a_continuation_is_the_one_that_http_gives() -> None:
     assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (2, wanted["usage"]["completion_tokens"])
     assert stream.answer is not None
     assert (stream.answer.usage, stream.answer.choices) == (whole.usage, whole.choices)
-    assert (whole.weight_version, whole.prompt_token_ids, whole.id[:5]) == ("7", (5, 6), "cmpl-")
+    assert (whole.weight_version, whole.prompt_token_ids, whole.id[:5]) == ("v1", (5, 6), "cmpl-")
 
 
 async def test_a_chat_is_the_one_that_http_gives() -> None:

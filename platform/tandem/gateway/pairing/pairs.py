@@ -98,7 +98,9 @@ class PairDriver:
     # Requests
 
     def submit(self, ticket: Ticket, patience: Patience) -> None:
-        """Put a request into the table; its news come through the ticket."""
+        """Put a request into the table; its news come through the ticket. Raises ValueError if its name is taken."""
+        if ticket.request in self._tickets:
+            raise ValueError(f"request {ticket.request} is already on its way")
         self._tickets[ticket.request] = ticket
         self._idle.clear()
         self.tell(

@@ -128,10 +128,13 @@ class Ticket:
             self.listener.finished(end, self.ended)
 
     def _take(self, ids: list[int], logprobs: list[Logprob] | None) -> None:
-        self.ids = self.ids + ids if self.ids else ids
+        # Whoever takes them leaves a new list behind; so this one is ours.
+        self.ids += ids
         self.history += ids
         if logprobs is not None:
-            self.logprobs = self.logprobs + logprobs if self.logprobs else logprobs
+            if self.logprobs is None:
+                self.logprobs = []
+            self.logprobs += logprobs
         self.bell.ring()
 
 

@@ -76,10 +76,15 @@ class BegunReply:
         self.id = prefix + asked.number
         self.model = asked.wanted.model
         self.created = asked.created
-        self.weight_version = weight_version()
         self.prompt_ids: Sequence[int] = reply.prompts[0]
         self._asked = asked
         self._reply = reply
+        self._of_fleet = weight_version
+
+    @property
+    def weight_version(self) -> str:
+        """Of the weights that answer; of the fleet's, where groups do not tell theirs."""
+        return self._reply.weight_version or self._of_fleet()
 
     async def next(self) -> Sequence[Step]:
         return await self._reply.next()
