@@ -22,7 +22,7 @@ from tandem.core.types import GatewayReplica, Group, GroupState, Role
 from tandem.core.usage import UsageRecord
 from tandem.engine.http1 import Pool, Response
 from tandem.gateway.answers.journal import Journal, JournalDown
-from tandem.gateway.answers.redis_journal import RedisJournal
+from tandem.gateway.answers.redis_journal import CONNECTIONS, RedisJournal
 from tandem.gateway.usage.stream import UsageStream
 from tandem.models.tokenizer import EOS_ID
 from tandem.state import Store, open_store
@@ -95,6 +95,42 @@ class TestRedisJournal(JournalContract):
             name = f"n{number}"
             found = await asyncio.gather(claim(mine, f"{ME}:1", name), claim(yours, f"{YOU}:1", name))
             assert sorted(one.standing for one in found) == [Standing.JOINED, Standing.OWNED]
+
+    async def test_any_number_follow_on_one_connection_and_hold_up_nobody(
+        self, open_journal: Opener, redis_server: RedisServer
+    ) -> None:
+        journal = open_journal(ME, LIMITS)
+        await claim(journal, f"{ME}:1")
+        assert isinstance(journal, RedisJournal)
+        waiting = [asyncio.create_task(journal.news("n", after=0, within=30)) for _ in range(300)]
+        async with asyncio.timeout(20):
+            while len(journal._heard._watching.get("n", ())) < 300 or not await journal.wanted("n"):
+                await asyncio.sleep(0.01)
+        found = await asyncio.gather(*(claim(journal, f"{ME}:2", f"n{at}", tenant=f"t{at}") for at in range(10)))
+        assert {one.standing for one in found} == {Standing.OWNED}
+        clients = await journal._redis.client_list()
+        assert len(clients) <= 2 * CONNECTIONS
+        await add(journal, 1, b"a")
+        async with asyncio.timeout(20):
+            told = await asyncio.gather(*waiting)
+        assert {(one is not None and tuple(one.log)) for one in told} == {(b"a",)}
+
+    async def test_three_hundred_owners_write_at_once(self, open_journal: Opener) -> None:
+        journal = open_journal(ME, LIMITS)
+        found = await asyncio.gather(*(add(journal, 1, name=f"n{at}") for at in range(300)))
+        assert set(found) == {Appended.GONE}
+
+    async def test_too_many_connections_are_no_outage(
+        self, open_journal: Opener, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        journal = open_journal(ME, LIMITS)
+        assert isinstance(journal, RedisJournal)
+        with monkeypatch.context() as patch:
+            patch.setattr(journal._redis.connection_pool, "max_connections", 0)
+            with pytest.raises(JournalDown) as caught:
+                await claim(journal, f"{ME}:1")
+            assert not caught.value.sent
+        assert (await claim(journal, f"{ME}:1")).standing is Standing.OWNED
 
     async def test_what_is_gone_is_counted_no_longer(self, open_journal: Opener, redis_server: RedisServer) -> None:
         journal = open_journal(ME, Limits(keep_s=0.03, open_s=0.03, tenant_bytes=4096, total_bytes=8192))

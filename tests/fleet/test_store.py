@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
 from support.redis_server import RedisServer, Silence
-from tandem.state import Change, Store, StoreError, StoreLostError, open_store
-from tandem.state import redis as redis_store
+from tandem.state import Change, Store, StoreError, open_store
 
 Opener = Callable[..., Awaitable[Store]]
 _fleets = itertools.count()
@@ -317,127 +315,6 @@ async def test_a_damaged_state_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "f.state.db").write_bytes(os.urandom(8192))
     with pytest.raises(StoreError, match=r"f\.state\.db cannot be used: .*not a database.*remove"):
         await open_store("embedded", fleet="f", folder=tmp_path)
-
-
-@pytest.fixture
-def own_server() -> Iterator[RedisServer]:
-    server = RedisServer()
-    server.start()
-    yield server
-    server.remove()
-
-
-@pytest.fixture
-async def opened(own_server: RedisServer, tmp_path: Path) -> AsyncIterator[Callable[[], Awaitable[Store]]]:
-    """Open one more client of a Redis of the test's own."""
-    made: list[Store] = []
-
-    async def open_one() -> Store:
-        made.append(await open_store(own_server.url, fleet="f", folder=tmp_path, deadline=2))
-        return made[-1]
-
-    yield open_one
-    for store in made:
-        await store.close()
-
-
-async def lose_everything(server: RedisServer, store: Store) -> None:
-    server.stop()
-    with pytest.raises(StoreError):
-        await store.get("any")
-    server.start()
-
-
-async def test_a_watch_survives_a_redis_that_lost_everything_for_good(
-    own_server: RedisServer,
-    opened: Callable[[], Awaitable[Store]],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    monkeypatch.setattr(redis_store, "BELIEVED_S", 0.5)
-    caplog.set_level(logging.INFO)
-    store = await opened()
-    before = await store.put("lost", b"1")
-    await store.put("again", b"1")
-    watch = store.watch("")
-    await take(watch, 2)
-    waiting = asyncio.ensure_future(take(watch, 3))
-    await lose_everything(own_server, store)
-    newcomer = await opened()
-    await newcomer.put("again", b"2")
-    await newcomer.put("new", b"3")
-    seen = await waiting
-    assert {change.key: change.value for change in seen} == {"lost": None, "again": b"2", "new": b"3"}
-    assert all(change.version > before for change in seen if change.value)
-    logged = [record.levelname for record in caplog.records if record.name == "tandem.state.watch"]
-    assert logged == ["WARNING", "INFO"]
-
-
-async def test_a_redis_that_lost_everything_is_not_believed_and_takes_no_writes(
-    own_server: RedisServer, opened: Callable[[], Awaitable[Store]]
-) -> None:
-    store = await opened()
-    version = await store.put("k", b"1")
-    await lose_everything(own_server, store)
-    for call in (store.get("k"), store.list(""), store.put("k", b"2"), store.touch("k", 1), store.delete("k")):
-        with pytest.raises(StoreLostError, match="has lost what it held"):
-            await call
-    with pytest.raises(StoreLostError):
-        await store.compare_and_set("k", b"2", version=version)
-    assert await (await opened()).list("") == []
-
-
-async def test_a_keeper_that_never_read_the_store_does_not_call_it_whole(
-    own_server: RedisServer, opened: Callable[[], Awaitable[Store]]
-) -> None:
-    keeper, late = await opened(), await opened()
-    await keeper.put("keys/a", b"1")
-    keeping = [asyncio.create_task(keeper.keep())]
-    await take(keeper.watch(""), 1)
-    await asyncio.sleep(0.2)  # the keeper has a watch of its own
-    await lose_everything(own_server, late)
-    keeping.append(asyncio.create_task(late.keep()))
-    async with asyncio.timeout(10):
-        async for change in late.watch("keys/"):
-            assert change.value == b"1"
-            break
-    for task in keeping:
-        task.cancel()
-
-
-async def test_what_is_kept_comes_back_after_a_loss_and_no_watch_sees_it_deleted(
-    own_server: RedisServer, opened: Callable[[], Awaitable[Store]]
-) -> None:
-    store, keeper, other = [await opened() for _ in range(3)]
-    await store.put("desired/a", b"1")
-    await store.put("keys/gone", b"1")
-    await store.put("gateways/a", b"1", ttl=60)
-    await store.delete("keys/gone")
-    version = await store.put("groups/a", b"2")
-    keeping = [asyncio.create_task(one.keep()) for one in (keeper, other)]
-    watch = store.watch("")
-    await take(watch, 3)
-    following = asyncio.ensure_future(take(watch, 4))
-    # Both keepers must have seen it all.
-    await asyncio.gather(*(take(one.watch("groups/"), 1) for one in (keeper, other)))
-    await lose_everything(own_server, store)
-    newcomer = await opened()
-    await newcomer.put("keys/new", b"3")
-    assert {change.key: change.value for change in await following} == {
-        "desired/a": b"1",
-        "groups/a": b"2",
-        "keys/new": b"3",
-        "gateways/a": None,  # its owner makes it again
-    }
-    held = {entry.key: entry for entry in await store.list("")}
-    assert set(held) == {"desired/a", "groups/a", "keys/new"}
-    assert held["groups/a"].version > version
-    assert held == {entry.key: entry for entry in await newcomer.list("")}
-    # Nobody's keeper takes the one store for another from here on.
-    await newcomer.put("groups/a", b"3")
-    assert (await store.get("groups/a")) == (await other.get("groups/a"))
-    for task in keeping:
-        task.cancel()
 
 
 @pytest.mark.parametrize("url", ["redis://:hunter2@127.0.0.1:1/0", "unix://:hunter2@/nowhere/redis.sock"])

@@ -29,6 +29,8 @@ class AnswerState(StrEnum):
     FREE = "free"
     """Nobody does, and it is not complete: the next one that asks goes on with it."""
     DONE = "done"
+    VOID = "void"
+    """What was delivered is not to be trusted, or is not all there: the next one that asks begins anew."""
 
 
 class Standing(StrEnum):
@@ -62,6 +64,8 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
     """The answer's own id, drawn by the first that claimed it."""
     created: int = 0
     """When that was, in Unix seconds."""
+    born: str = ""
+    """The owner that began the log. Another one under the same name is the log of another try."""
     log: list[bytes] = []
 
 
@@ -72,6 +76,8 @@ class News(msgspec.Struct, frozen=True, kw_only=True):
     owner: str
     alive: bool
     """Its owner lives."""
+    born: str = ""
+    """See `Claim`."""
     log: list[bytes] = []
     """What came after the place that was asked for."""
 
@@ -88,16 +94,34 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Kept:
-    __slots__ = ("created", "expires", "fingerprint", "log", "number", "owner", "size", "state", "tenant")
+    __slots__ = (
+        "born",
+        "created",
+        "expires",
+        "fingerprint",
+        "left",
+        "log",
+        "number",
+        "owner",
+        "size",
+        "state",
+        "tenant",
+        "voided",
+    )
 
-    def __init__(self, tenant: str, fingerprint: str, number: str, created: int, owner: str) -> None:
+    def __init__(self, tenant: str, fingerprint: str, number: str, created: int, owner: str, voided: str) -> None:
         self.tenant = tenant
         self.fingerprint = fingerprint
         self.number = number
         self.created = created
         self.owner = owner
         self.state = AnswerState.OPEN
+        self.born = owner
         self.log: list[bytes] = []
+        self.left: dict[int, str] = {}
+        """Place → the owner that let it go with that entry."""
+        self.voided = voided
+        """The last owner of the answer that this one is in place of."""
         self.size = OVERHEAD
         self.expires = 0.0
 
@@ -126,18 +150,22 @@ class AnswerTable:
     ) -> Claim:
         """Be its owner if nobody is. `number` and `created` are those of an answer that is new."""
         self._expire(now)
-        kept = self._answers.get(name)
+        kept, voided = self._answers.get(name), ""
+        if kept is not None and kept.fingerprint != fingerprint:
+            return Claim(standing=Standing.MISMATCH)
+        if kept is not None and kept.state is AnswerState.VOID:
+            voided = kept.owner
+            self._remove(name)
+            kept = None
         if kept is None:
-            kept = self._answers[name] = _Kept(tenant, fingerprint, number, created, owner)
+            kept = self._answers[name] = _Kept(tenant, fingerprint, number, created, owner, voided)
             self._keep(name, kept, now)
             self._grow(kept, OVERHEAD)
-            return Claim(standing=Standing.OWNED, number=number, created=created)
-        if kept.fingerprint != fingerprint:
-            return Claim(standing=Standing.MISMATCH)
+            return Claim(standing=Standing.OWNED, number=number, created=created, born=owner)
         standing = {AnswerState.DONE: Standing.DONE, AnswerState.OPEN: Standing.JOINED}.get(kept.state, Standing.OWNED)
         if standing is Standing.OWNED:
             self._own(name, kept, owner, now)
-        return Claim(standing=standing, number=kept.number, created=kept.created, log=list(kept.log))
+        return Claim(standing=standing, number=kept.number, created=kept.created, born=kept.born, log=list(kept.log))
 
     def take(self, name: str, *, before: str, owner: str, now: float) -> bool:
         """Be its owner in place of `before`, if that one has let it go; False if another one was first."""
@@ -149,13 +177,16 @@ class AnswerTable:
         return True
 
     def append(self, name: str, *, owner: str, place: int, entry: bytes, state: AnswerState, now: float) -> Appended:
-        """Add the entry that is number `place` (from 1) of the log. One that is there already is not added again."""
+        """Add the entry that is number `place` (from 1) of the log. One that is there already is not added again, also
+        if its owner has let the answer go with it and others have gone on since."""
         self._expire(now)
         kept = self._answers.get(name)
         if kept is None:
             return Appended.GONE
         if kept.owner != owner or kept.state is not AnswerState.OPEN:
-            return Appended.WRITTEN if kept.owner == owner and place <= len(kept.log) else Appended.FENCED
+            there = kept.owner == owner and place <= len(kept.log)
+            there = there or kept.left.get(place) == owner or (state is AnswerState.VOID and kept.voided == owner)
+            return Appended.WRITTEN if there else Appended.FENCED
         if place > len(kept.log) + 1:
             self._remove(name)
             return Appended.GONE
@@ -163,10 +194,25 @@ class AnswerTable:
         self._keep(name, kept, now)
         if place == len(kept.log) + 1:
             kept.log.append(entry)
+            if state is AnswerState.FREE:
+                kept.left[place] = owner
             kept.size += len(entry)
             self._grow(kept, len(entry))
         self._on_change(name)
         return Appended.WRITTEN if name in self._answers else Appended.GONE
+
+    def restart(self, name: str, *, owner: str, now: float) -> bool:
+        """Begin the log anew, under the same number; False if it is not (any more) the owner's."""
+        self._expire(now)
+        kept = self._answers.get(name)
+        if kept is None or kept.owner != owner or kept.state is not AnswerState.OPEN:
+            return False
+        freed = kept.size - OVERHEAD
+        kept.born, kept.log, kept.left, kept.size = owner, [], {}, OVERHEAD
+        self._bytes[kept.tenant] -= freed
+        self.size -= freed
+        self._on_change(name)
+        return True
 
     def news(self, name: str, *, after: int, now: float) -> News | None:
         """What came after the first `after` entries; None if the answer is not kept."""
@@ -175,7 +221,7 @@ class AnswerTable:
         if kept is None:
             return None
         alive = kept.state is AnswerState.OPEN
-        return News(state=kept.state, owner=kept.owner, alive=alive, log=kept.log[after:])
+        return News(state=kept.state, owner=kept.owner, alive=alive, born=kept.born, log=kept.log[after:])
 
     def _own(self, name: str, kept: _Kept, owner: str, now: float) -> None:
         kept.owner, kept.state = owner, AnswerState.OPEN

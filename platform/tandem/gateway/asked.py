@@ -121,10 +121,8 @@ class Asked:
         self.reply = reply = service.reply_to(self, self.prepared)
         if self.kept is None:
             service.submit(self, reply)
-        elif self.kept.owns:
-            self.kept.own(self, reply)
         else:
-            self.kept.follow(self, reply)
+            self.kept.start(self, reply)
         return reply
 
     async def admit(self, *, free: bool = False) -> None:

@@ -56,7 +56,8 @@ class Store(Protocol):
     event loop that opened it: another loop or thread opens its own.
 
     Emptiness is not believed at once: a store that comes back without what it held raises `StoreLostError`, for its
-    watches is an outage, and takes no writes, until someone has put it back or half a minute has passed.
+    watches is an outage, and takes no writes, until someone has put it back, or until half a minute has passed in which
+    it answered and nobody did. Who keeps something himself (`keep`) waits until it is put back, however long.
     """
 
     async def get(self, key: str) -> Entry | None:
@@ -97,7 +98,8 @@ class Store(Protocol):
     async def keep(self, prefixes: Sequence[str] = KEPT) -> None:
         """Remember what is under the prefixes, and put it back when the store has lost it. Returns when it is closed.
 
-        Any number of processes may do this at once. What is put back lives for ever, whatever its `ttl` was.
+        Any number of processes may do this at once, all with the same prefixes; who has seen more puts right what
+        another one put back. What is put back lives for ever, whatever its `ttl` was.
         """
 
     async def revision(self) -> int:

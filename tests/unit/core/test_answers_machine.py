@@ -25,10 +25,13 @@ class Answers(RuleBasedStateMachine):
         self.state: dict[str, AnswerState] = {}
         self.log: dict[str, list[bytes]] = {}
         self.former: dict[str, set[str]] = {}
+        self.left: set[tuple[str, int, str]] = set()
+        """Name, place, owner: what an answer was let go of with."""
 
     def forget(self, name: str) -> None:
         for kept in (self.owner, self.state, self.log, self.former):
             kept.pop(name, None)
+        self.left = {key for key in self.left if key[0] != name}
 
     def sync(self) -> None:
         """What has expired or had to make room is no longer there."""
@@ -53,6 +56,10 @@ class Answers(RuleBasedStateMachine):
         if self.state.get(name) in (AnswerState.OPEN, AnswerState.DONE):
             wanted = Standing.JOINED if self.state[name] is AnswerState.OPEN else Standing.DONE
             assert (found.standing, found.log) == (wanted, self.log[name])
+        elif self.state.get(name) is AnswerState.VOID:
+            assert (found.standing, found.log, found.number, found.born) == (Standing.OWNED, [], owner, owner)
+            self.forget(name)
+            self.owned(name, owner)
         else:
             assert (found.standing, found.log) == (Standing.OWNED, self.log.get(name, []))
             self.owned(name, owner)
@@ -80,6 +87,8 @@ class Answers(RuleBasedStateMachine):
         if found is Appended.WRITTEN:
             self.log[name].append(entry)
             self.state[name] = state
+            if state is AnswerState.FREE:
+                self.left.add((name, place, self.owner[name]))
         else:
             assert found is Appended.GONE
 
@@ -100,6 +109,26 @@ class Answers(RuleBasedStateMachine):
             place = len(self.log[name]) + 1
             found = self.table.append(name, owner=owner, place=place, entry=b"?", state=AnswerState.OPEN, now=self.now)
             assert found is Appended.FENCED
+
+    @rule()
+    def let_go_again(self) -> None:
+        """Who has not heard that it was written writes it once more."""
+        self.sync()
+        for name, place, owner in self.left:
+            if self.owner[name] == owner and self.state[name] is AnswerState.OPEN:
+                continue
+            found = self.table.append(name, owner=owner, place=place, entry=b"?", state=AnswerState.FREE, now=self.now)
+            assert found is Appended.WRITTEN
+
+    @rule(name=NAMES)
+    def restart(self, name: str) -> None:
+        self.sync()
+        done = self.table.restart(name, owner=self.owner.get(name, ""), now=self.now)
+        assert done == (self.state.get(name) is AnswerState.OPEN)
+        if done:
+            self.log[name] = []
+            # What former owners let go with is gone as well.
+            self.left = {key for key in self.left if key[0] != name}
 
     @rule(seconds=st.floats(0, 6))
     def wait(self, seconds: float) -> None:

@@ -14,7 +14,7 @@ Opener = Callable[..., Journal]
 """(incarnation, limits) → the journal, as a gateway of that incarnation sees it."""
 
 ME, YOU = "aaaa", "bbbb"
-OPEN, FREE, DONE = AnswerState.OPEN, AnswerState.FREE, AnswerState.DONE
+OPEN, FREE, DONE, VOID = AnswerState.OPEN, AnswerState.FREE, AnswerState.DONE, AnswerState.VOID
 
 
 async def claim(journal: Journal, owner: str, name: str = "n", **fields: Any) -> Claim:
@@ -56,7 +56,7 @@ class JournalContract:
             assert await add(journal, place, entry) is Appended.WRITTEN
         for after in (0, 5, 9, 10, 12):
             found = await journal.news("n", after=after, within=0)
-            assert found == News(state=OPEN, owner=f"{ME}:1", alive=True, log=entries[after:])
+            assert found == News(state=OPEN, owner=f"{ME}:1", alive=True, born=f"{ME}:1", log=entries[after:])
 
     async def test_an_entry_that_is_written_again_is_there_once(self, open_journal: Opener) -> None:
         journal = open_journal(ME, LIMITS)
@@ -70,7 +70,7 @@ class JournalContract:
         await claim(journal, f"{ME}:1")
         await add(journal, 1, b"a", state=DONE)
         found = await claim(journal, f"{ME}:2", number="x", created=9)
-        assert found == Claim(standing=Standing.DONE, number=f"of-{ME}:1", created=7, log=[b"a"])
+        assert found == Claim(standing=Standing.DONE, number=f"of-{ME}:1", created=7, born=f"{ME}:1", log=[b"a"])
         assert not await journal.take("n", before=f"{ME}:1", owner=f"{ME}:2")
 
     async def test_who_claims_what_was_let_go_of_goes_on_with_it(self, open_journal: Opener) -> None:
@@ -103,6 +103,49 @@ class JournalContract:
         await add(journal, 1, b"a", state=FREE)
         await claim(journal, f"{ME}:2")
         assert await add(journal, 2, b"b") is Appended.FENCED
+
+    async def test_what_its_owner_let_go_with_is_written_also_when_others_have_gone_on(
+        self, open_journal: Opener
+    ) -> None:
+        journal = open_journal(ME, LIMITS)
+        await claim(journal, f"{ME}:1")
+        await add(journal, 1, b"a")
+        await add(journal, 2, b"left", state=FREE)
+        await claim(journal, f"{ME}:2")
+        assert await add(journal, 2, b"left", state=FREE) is Appended.WRITTEN
+        await add(journal, 3, b"c", owner=f"{ME}:2")
+        assert await add(journal, 2, b"left", state=FREE) is Appended.WRITTEN
+        assert [await add(journal, place, b"x", state=FREE) for place in (1, 3, 4)] == [Appended.FENCED] * 3
+        assert await add(journal, 2, b"left", owner=f"{ME}:3", state=FREE) is Appended.FENCED
+
+    async def test_what_is_void_can_be_read_until_it_is_claimed_and_begun_anew(self, open_journal: Opener) -> None:
+        journal = open_journal(ME, LIMITS)
+        await claim(journal, f"{ME}:1")
+        await add(journal, 1, b"a")
+        assert await add(journal, 2, b"why", state=VOID) is Appended.WRITTEN
+        assert not await journal.take("n", before=f"{ME}:1", owner=f"{ME}:2")
+        found = await journal.news("n", after=1, within=0)
+        assert found == News(state=VOID, owner=f"{ME}:1", alive=False, born=f"{ME}:1", log=[b"why"])
+        assert (await claim(journal, f"{ME}:2", fingerprint="g")).standing is Standing.MISMATCH
+        anew = await claim(journal, f"{ME}:2")
+        assert anew == Claim(standing=Standing.OWNED, number=f"of-{ME}:2", created=7, born=f"{ME}:2")
+        # Its owner may not have heard that it was written.
+        assert await add(journal, 2, b"why", state=VOID) is Appended.WRITTEN
+        assert await add(journal, 1, b"b", owner=f"{ME}:2") is Appended.WRITTEN
+        assert (await claim(journal, f"{ME}:3")).log == [b"b"]
+
+    async def test_an_owner_begins_the_log_anew_under_the_same_number(self, open_journal: Opener) -> None:
+        journal = open_journal(ME, LIMITS)
+        await claim(journal, f"{ME}:1")
+        assert await add(journal, 1, b"x" * 3000, state=FREE) is Appended.WRITTEN
+        assert not await journal.restart("n", owner=f"{ME}:1")
+        await claim(journal, f"{ME}:2")
+        assert not await journal.restart("n", owner=f"{ME}:1")
+        assert await journal.restart("n", owner=f"{ME}:2")
+        # There is room for as much again.
+        assert await add(journal, 1, b"y" * 3000, owner=f"{ME}:2", state=DONE) is Appended.WRITTEN
+        found = await claim(journal, f"{ME}:3")
+        assert (found.number, found.born, found.log) == (f"of-{ME}:1", f"{ME}:2", [b"y" * 3000])
 
     async def test_who_waits_hears_of_news_at_once(self, open_journal: Opener) -> None:
         journal = open_journal(ME, LIMITS)

@@ -17,7 +17,7 @@ from tandem.core.types import FleetSnapshot, GatewayReplica, Group, GroupState, 
 from tandem.engine.client import EngineClient
 from tandem.gateway.survival.reaper import Reaper
 from tandem.gateway.survival.registration import Registration
-from tandem.state import Store, open_store
+from tandem.state import Store, StoreError, open_store
 
 
 def record(name: str) -> GatewayReplica:
@@ -218,5 +218,47 @@ async def test_a_store_that_is_away_makes_the_replica_doubt(fleet: Fleet) -> Non
     await fleet.store.close()
     async with asyncio.timeout(5):
         while made.steady_at < now:
+            await asyncio.sleep(0.005)
+    task.cancel()
+
+
+@pytest.mark.parametrize("garbage", [b"no gateway", b'{"replica": "\xff", "url": ""}'])
+async def test_while_an_entry_cannot_be_read_nobody_is_taken_for_dead(fleet: Fleet, garbage: bytes) -> None:
+    await fleet.run("other", dead=True)
+    await fleet.store.put("gateways/third", garbage)
+    async with fleet.reaper() as reaper:
+        reaper.look()
+        await asyncio.sleep(0.05)
+        assert fleet.aborted() == [[], []]
+        # The reaper is still there.
+        await fleet.store.delete("gateways/third")
+        reaper.look()
+        await fleet.reaped("other")
+
+
+class Failing:
+    """A store in which one write fails."""
+
+    def __init__(self, store: Store, key: str) -> None:
+        self._store = store
+        self._key = key
+        self.failed = asyncio.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    async def put(self, key: str, value: bytes, **fields: Any) -> Any:
+        if key == self._key and not self.failed.is_set():
+            self.failed.set()
+            raise StoreError("it is away")
+        return await self._store.put(key, value, **fields)
+
+
+async def test_an_incarnation_that_could_not_be_written_is_written_later(fleet: Fleet) -> None:
+    store: Any = Failing(fleet.store, "incarnations/of-me")
+    _, task = await registered(store, "me")
+    assert store.failed.is_set()
+    async with asyncio.timeout(5):
+        while await fleet.store.get("incarnations/of-me") is None:
             await asyncio.sleep(0.005)
     task.cancel()

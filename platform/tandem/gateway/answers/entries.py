@@ -5,7 +5,7 @@ One entry of the log is a batch of these, in order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -25,6 +25,17 @@ class Tokens(msgspec.Struct, frozen=True, kw_only=True, tag="t", omit_defaults=T
     """Of the weights that made them."""
     cached: int = 0
     """Prompt tokens that the prefix cache held, if that is known by now."""
+
+    def join(self, more: Tokens) -> bool:
+        """Take these in as well, if they can be one entry."""
+        if (self.choice, self.version, self.cached) != (more.choice, more.version, more.cached):
+            return False
+        if (self.logprobs is None) != (more.logprobs is None):
+            return False
+        self.ids.extend(more.ids)
+        if self.logprobs is not None and more.logprobs is not None:
+            self.logprobs.extend(more.logprobs)
+        return True
 
 
 class Complete(msgspec.Struct, frozen=True, kw_only=True, tag="c", omit_defaults=True):
@@ -59,9 +70,47 @@ _decoder = msgspec.msgpack.Decoder(list[Entry])
 encode: Any = msgspec.msgpack.Encoder().encode
 
 
-def decode(batch: bytes) -> list[Entry]:
-    """Raises msgspec.MsgspecError for what no gateway of this version has written."""
-    return _decoder.decode(batch)
+def decode(log: Iterable[bytes]) -> list[Entry]:
+    """What the batches say, in few entries: tokens of a choice that follow each other are one.
+
+    Raises msgspec.MsgspecError or UnicodeDecodeError for what no gateway of this version has written.
+    """
+    found: list[Entry] = []
+    last: dict[int, Tokens] = {}
+    for batch in log:
+        for entry in _decoder.decode(batch):
+            if isinstance(entry, Tokens):
+                before = last.get(entry.choice)
+                if before is not None and before.join(entry):
+                    continue
+                last[entry.choice] = entry
+            elif not isinstance(entry, Complete):
+                # What came before it stays before it.
+                last.clear()
+            found.append(entry)
+    return found
+
+
+def pieces(entry: Entry, size: int) -> Iterator[Entry]:
+    """The entry, its tokens in pieces of this many."""
+    if not isinstance(entry, Tokens) or len(entry.ids) <= size:
+        yield entry
+        return
+    for at in range(0, len(entry.ids), size):
+        logprobs = entry.logprobs[at : at + size] if entry.logprobs is not None else None
+        yield msgspec.structs.replace(entry, ids=entry.ids[at : at + size], logprobs=logprobs)
+
+
+def versions(entries: Iterable[Entry]) -> set[str]:
+    """Weight versions that the choices which have begun and are not complete have to go on with."""
+    found: dict[int, str] = {}
+    over: set[int] = set()
+    for entry in entries:
+        if isinstance(entry, Tokens):
+            found[entry.choice] = entry.version or found.get(entry.choice, "")
+        elif isinstance(entry, Complete):
+            over.add(entry.choice)
+    return {version for choice, version in found.items() if choice not in over}
 
 
 class Told(msgspec.Struct):
@@ -76,6 +125,15 @@ class Told(msgspec.Struct):
     """What they have of the answer's tokens."""
     failed: Failed | None = None
     """Why the latest owner let it go, if it told its client."""
+
+    def count(self, entries: Iterable[Entry]) -> None:
+        """Take note of what others were counted for; at once, however long the tickets take to deliver the rest."""
+        for entry in entries:
+            if isinstance(entry, Left):
+                self.records += 1
+                self.prompt = self.prompt or entry.prompt
+                self.completion += entry.completion
+                self.reasoning += entry.reasoning
 
     def take(self, entry: Entry, tickets: Sequence[Ticket]) -> None:
         """Have the tickets deliver what the entry says, as if they had it from an engine."""
@@ -96,11 +154,6 @@ class Told(msgspec.Struct):
             ticket.finish(Finish(request=ticket.request, reason=entry.reason))
         elif isinstance(entry, Failed):
             self.failed = entry
-        else:
-            self.records += 1
-            self.prompt = self.prompt or entry.prompt
-            self.completion += entry.completion
-            self.reasoning += entry.reasoning
 
 
 def fail(tickets: Sequence[Ticket], failed: Failed) -> None:

@@ -29,6 +29,7 @@ class Journal(Protocol):
     ) -> Claim: ...
     async def take(self, name: str, *, before: str, owner: str) -> bool: ...
     async def append(self, name: str, *, owner: str, place: int, entry: bytes, state: AnswerState) -> Appended: ...
+    async def restart(self, name: str, *, owner: str) -> bool: ...
     async def news(self, name: str, *, after: int, within: float) -> News | None:
         """As soon as there is news, at the latest after `within` seconds; None if the answer is not kept any more."""
 
@@ -63,6 +64,9 @@ class LocalJournal:
 
     async def append(self, name: str, *, owner: str, place: int, entry: bytes, state: AnswerState) -> Appended:
         return self._table.append(name, owner=owner, place=place, entry=entry, state=state, now=self._clock())
+
+    async def restart(self, name: str, *, owner: str) -> bool:
+        return self._table.restart(name, owner=owner, now=self._clock())
 
     async def news(self, name: str, *, after: int, within: float) -> News | None:
         changed = asyncio.Event()

@@ -10,14 +10,15 @@ from __future__ import annotations
 import asyncio
 import copy
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from tandem.core.answers import AnswerState, Claim, News, Standing
 from tandem.core.pair_events import Failure, FailureKind, Withdraw
 from tandem.core.usage import UsageRecord
-from tandem.gateway.answers.entries import Complete, Failed, Left, Told, decode, fail
+from tandem.gateway.answers.entries import Complete, Entry, Failed, Left, Tokens, Told, decode, fail, pieces
 from tandem.gateway.answers.journal import Journal, JournalDown
 from tandem.gateway.answers.recorder import Recorder
 from tandem.gateway.errors import ApiError
@@ -37,14 +38,31 @@ AWAY_S = 5.0
 RETRY_S = 0.25
 WANTED_S = 2.0
 """An answer whose client has gone goes on so long at a time while others follow it."""
+TRIES = 20
+"""Of taking an answer over, while the journal can be read and not be written."""
+TURN_TOKENS = 1000
+"""So many are delivered at a time before others have their turn on the event loop."""
+INLINE_BYTES = 32 * 1024
+"""What is more than that is decoded in a thread."""
 _TAKEN_UP = frozenset({FailureKind.STOPPING, FailureKind.CLIENT_GONE})
 """Ends of an owner that say nothing of the request: a follower goes on."""
 
 
 class Kept:
-    """Made by `Answers.claim`. `own` or `follow`, once; `over` in the end."""
+    """Made by `Answers.claim`. `start` once; `over` in the end."""
 
-    def __init__(self, answers: Answers, journal: Journal, name: str, owner: str, claim: Claim) -> None:
+    def __init__(
+        self,
+        answers: Answers,
+        journal: Journal,
+        name: str,
+        tenant: str,
+        owner: str,
+        claim: Claim,
+        entries: list[Entry],
+        place: int,
+    ) -> None:
+        """`entries`: what the log's first `place` batches say."""
         self.number = claim.number
         self.created = claim.created
         self.owns = claim.standing is Standing.OWNED
@@ -54,29 +72,41 @@ class Kept:
         self._service = answers.service
         self._journal = journal
         self._name = name
+        self._tenant = tenant
         self._owner = owner
+        self._born = claim.born
         self._done = claim.standing is Standing.DONE
-        self._entries = [entry for batch in claim.log for entry in decode(batch)]
-        self._place = len(claim.log)
-        self.paid = bool(self._entries) and not any(isinstance(entry, Left) for entry in self._entries)
-        """Its tenant's limits were told of this answer, by an owner that has died or still works on it."""
+        self._entries = entries
+        self._place = place
         self._told = Told()
+        self._told.count(entries)
+        self.paid = bool(entries) and not self._told.records
+        """Its tenant's limits were told of this answer, by an owner that has died or still works on it."""
         self._recorder: Recorder | None = None
         self._reply: Reply | None = None
         self._following: asyncio.Task[None] | None = None
+        self._counted = not self.owns
+        """Among those that follow."""
+        self._taking: asyncio.Future[bool] | None = None
+        """It may own the answer by this, and does not know."""
+        self._tries = 0
+        self._failed = False
+        """Its reader was told so: nothing more comes."""
+        self._suffix = ""
         self._outlived = False
         if self.owns:
             self._begin_recording()
 
-    def own(self, asked: Asked, reply: Reply) -> None:
-        """Have the engines work on what the log has not got."""
-        self._take_in(reply)
-        self._go_on(asked, reply)
-
-    def follow(self, asked: Asked, reply: Reply) -> None:
-        """Have the reply say what the owner writes down."""
-        self._take_in(reply)
-        if not self._done:
+    def start(self, asked: Asked, reply: Reply) -> None:
+        """Have the reply say what the log has and the owner writes down, and the engines work on the rest if that is
+        this one."""
+        self._reply = reply
+        for run in reply.runs:
+            # The answer's own name may be in use here, by an owner that is thought dead.
+            run.ticket.request = f"{self.number}-{run.index}-{self._owner}"
+        if self.owns and not self._entries:
+            self._go_on(asked, reply)
+        else:
             self._following = self._answers.follow(self._follow(asked, reply), self)
 
     def withdraw(self) -> None:
@@ -112,22 +142,25 @@ class Kept:
         told = self._told
         if not told.records:
             return record
+        completion = max(0, record.completion_tokens - told.completion)
         return msgspec.structs.replace(
             record,
-            id=f"{record.id}-r{told.records}",
+            id=f"{record.id}{self._suffix or f'-r{told.records}'}",
             prompt_tokens=0 if told.prompt else record.prompt_tokens,
             cached_tokens=0 if told.prompt else record.cached_tokens,
-            completion_tokens=max(0, record.completion_tokens - told.completion),
-            reasoning_tokens=max(0, record.reasoning_tokens - told.reasoning),
+            completion_tokens=completion,
+            reasoning_tokens=min(completion, max(0, record.reasoning_tokens - told.reasoning)),
         )
 
     def over(self, asked: Asked, record: UsageRecord, *, known: bool) -> None:
         """The request is over, and this is its share: it is counted if the answer was its own to the end."""
         if self._following is not None:
             self._following.cancel()
+        self._follows_no_more()
         recorder, self._recorder = self._recorder, None
         self._reply = None
         if recorder is None:
+            self._let_go()
             if self.owns and known:
                 self._service.meter.record(record)
             return
@@ -143,7 +176,7 @@ class Kept:
     # The owner
 
     def _begin_recording(self) -> None:
-        self.owns = True
+        self.owns, self._taking = True, None
         self._recorder = Recorder(self._journal, self._name, self._owner, self._place, on_fenced=self._fenced)
 
     def _go_on(self, asked: Asked, reply: Reply) -> None:
@@ -203,6 +236,10 @@ class Kept:
         try:
             await recorder.close(left)
         finally:
+            if recorder.late:
+                # Its tokens are counted, and cannot be kept: nobody is to wait for them, or to go on behind a part.
+                self._answers.release(self._name, self._owner, AnswerState.VOID)
+            self._answers.rests(self._owner)
             if record is not None and not recorder.fenced:
                 self._service.meter.record(record)
 
@@ -211,8 +248,13 @@ class Kept:
     async def _follow(self, asked: Asked, reply: Reply) -> None:
         try:
             async with asyncio.timeout_at(asked.deadline):
-                while not await self._step(asked, reply):
-                    pass
+                entries, self._entries = self._entries, []
+                await self._deliver(entries)
+                if self.owns and not self._failed:
+                    self._go_on(asked, reply)
+                    return
+                while not (self._done or self._failed):
+                    self._done = await self._step(asked, reply)
         except TimeoutError:
             self._fail(Failed(kind=FailureKind.DEADLINE, message="the request's time is over"))
         except ApiError as error:
@@ -230,22 +272,60 @@ class Kept:
             log.warning("the answer %s is not kept any more: it is made again from where it was", self.number)
             await self._become_owner(asked, reply, alone=True)
             return True
-        self._feed(news.log)
+        if news.born != self._born:
+            message = "its answer was begun anew meanwhile; ask again with the same key"
+            self._fail(Failed(kind=FailureKind.STOPPING, message=message, retry_after=1.0))
+            return True
+        await self._feed(news.log)
         if news.state is AnswerState.DONE:
             return True
-        if news.alive:
-            return False
         failed = self._told.failed
+        if news.state is AnswerState.VOID:
+            if failed is not None:
+                self._fail(failed)
+            else:
+                await self._become_owner(asked, reply, alone=True)
+            return True
+        if news.owner == self._owner:
+            await self._become_owner(asked, reply, alone=False)
+            return True
+        if news.alive:
+            if self._answers.forsaken(news.owner):
+                await self._try(self._answers.settle(self._name, news.owner))
+            return False
         if news.state is AnswerState.FREE and failed is not None and failed.kind not in _TAKEN_UP:
             self._fail(failed)
             return True
-        if not await self._journal.take(self._name, before=news.owner, owner=self._owner):
-            return False
-        # The owner may have written until a moment ago.
-        last = await self._journal.news(self._name, after=self._place, within=0)
-        self._feed(last.log if last is not None else [])
-        await self._become_owner(asked, reply, alone=last is None)
-        return True
+        if self._tries >= TRIES:
+            await self._become_owner(asked, reply, alone=True)
+            return True
+        self._tries += 1
+        await self._try(self._take(news.owner))
+        return False
+
+    async def _try(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except JournalDown as error:
+            log.debug("could not write to the journal of answers: %s", error)
+            await asyncio.sleep(RETRY_S)
+
+    async def _take(self, before: str) -> None:
+        """Be the owner, as the next news will say: the old one may have written until a moment ago. Raises
+        JournalDown, and is the owner perhaps."""
+        self._answers.works(self._owner)
+        self._taking = asyncio.ensure_future(self._journal.take(self._name, before=before, owner=self._owner))
+        if not await asyncio.shield(self._taking):
+            self._taking = None
+            self._answers.rests(self._owner)
+
+    def _let_go(self) -> None:
+        """It does not work on the answer that may be its own."""
+        taking, self._taking = self._taking, None
+        if taking is None:
+            self._answers.rests(self._owner)
+        else:
+            self._answers.release(self._name, self._owner, after=taking)
 
     async def _news(self) -> News | None:
         """None: the answer is not kept any more, or nobody can say."""
@@ -253,7 +333,8 @@ class Kept:
         until = loop.time() + AWAY_S
         while True:
             try:
-                return await self._journal.news(self._name, after=self._place, within=READ_S)
+                within = READ_S if self._taking is None else 0
+                return await self._journal.news(self._name, after=self._place, within=within)
             except JournalDown as error:
                 log.debug("could not read the journal of answers: %s", error)
                 if loop.time() >= until:
@@ -263,11 +344,16 @@ class Kept:
     async def _become_owner(self, asked: Asked, reply: Reply, *, alone: bool) -> None:
         """`alone`: nothing is written down any more. Raises ApiError."""
         log.info("request %s goes on with the answer %s of another", asked.request_id, self.number)
+        self._follows_no_more()
         if alone:
-            # Its owner may live, and be counted for it: this has a record of its own, with what it does itself.
+            self._let_go()
+            # Its owner may live, and be counted for it: this has a record of its own, with what it does itself. What
+            # has come and was not read yet is not that.
             used, told = reply.so_far(), self._told
             told.records, told.prompt = told.records + 1, True
-            told.completion, told.reasoning = used.completion, used.reasoning
+            told.completion = used.completion + sum(len(run.ticket.ids) for run in reply.runs if not run.over)
+            told.reasoning = used.reasoning
+            self._suffix = f"-{self._owner.replace(':', '-')}"
             self.owns = True
         else:
             self._begin_recording()
@@ -280,26 +366,35 @@ class Kept:
         else:
             self._go_on(asked, reply)
 
-    def _take_in(self, reply: Reply) -> None:
-        """The reply says what the log has. Its tickets have names of their own: the answer's may be in use here."""
-        self._reply = reply
-        if self.replayed:
-            for run in reply.runs:
-                run.ticket.request = f"{self.number}-{run.index}-{self._owner}"
-        tickets = [run.ticket for run in reply.runs]
-        for entry in self._entries:
-            self._told.take(entry, tickets)
-        self._entries = []
-
-    def _feed(self, batches: list[bytes]) -> None:
-        assert self._reply is not None, "it follows for a reply"
-        tickets = [run.ticket for run in self._reply.runs]
-        for batch in batches:
-            self._place += 1
-            for entry in decode(batch):
-                self._told.take(entry, tickets)
+    async def _feed(self, batches: list[bytes]) -> None:
+        if sum(map(len, batches)) <= INLINE_BYTES:
+            entries = decode(batches)
+        else:
+            entries = await asyncio.to_thread(decode, batches)
+        self._place += len(batches)
+        self._told.count(entries)
         self.paid = self._place > 0 and not self._told.records
+        await self._deliver(entries)
+
+    async def _deliver(self, entries: list[Entry]) -> None:
+        """Have the reply say it, in turns."""
+        turn = 0
+        for entry in entries:
+            for piece in pieces(entry, TURN_TOKENS):
+                if self._reply is None or self._failed:
+                    return
+                self._told.take(piece, [run.ticket for run in self._reply.runs])
+                turn += len(piece.ids) if isinstance(piece, Tokens) else 0
+                if turn >= TURN_TOKENS:
+                    turn = 0
+                    await asyncio.sleep(0)
+
+    def _follows_no_more(self) -> None:
+        if self._counted:
+            self._counted = False
+            self._answers.follows_no_more(self._name, self._tenant)
 
     def _fail(self, failed: Failed) -> None:
+        self._failed = True
         if self._reply is not None:
             fail([run.ticket for run in self._reply.runs], failed)

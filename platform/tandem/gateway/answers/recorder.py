@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 
 from tandem.core.answers import AnswerState, Appended
-from tandem.core.pair_events import Fail, Finish
+from tandem.core.pair_events import Fail, FailureKind, Finish
 from tandem.engine.client import Ended, Logprob
 from tandem.gateway.answers.entries import Complete, Entry, Failed, Left, Tokens, encode
 from tandem.gateway.answers.journal import Journal, JournalDown
@@ -25,6 +25,8 @@ FLUSH_S = 0.05
 RETRY_S = 0.5
 LAST_TRIES_S = 30.0
 """An answer that is over waits so long for a journal that is away; then it is not kept."""
+_DISTRUSTED = frozenset({FailureKind.BAD_KV})
+"""Failures after which what was delivered is not to be trusted: nobody may go on behind it."""
 
 
 class Recorder:
@@ -44,6 +46,8 @@ class Recorder:
         """Another one owns the answer: nothing of what this one does counts."""
         self.lost = False
         """The answer is not kept any more."""
+        self.late = False
+        """The journal was away at the end: it does not know how the answer ended."""
         self.on_first: Callable[[], object] | None = None
         """Called with the first tokens."""
         self._journal = journal
@@ -56,6 +60,7 @@ class Recorder:
         self._batches: deque[bytes] = deque()
         """Encoded, and not known to be in the journal."""
         self._failed: Failed | None = None
+        self._void = False
         self._timer: asyncio.TimerHandle | None = None
         self._work: asyncio.Task[None] | None = None
         self._closed = False
@@ -74,20 +79,20 @@ class Recorder:
             first, self.on_first = self.on_first, None
             first()
         if isinstance(entry, Failed):
-            self._failed = self._failed or entry
+            distrusted = entry.kind in _DISTRUSTED
+            if self._failed is None or (distrusted and not self._void):
+                self._failed = entry
+            self._void = self._void or distrusted
             return
         last = self._pending[-1] if self._pending else None
-        if isinstance(entry, Tokens) and isinstance(last, Tokens) and _alike(last, entry):
-            last.ids.extend(entry.ids)
-            if last.logprobs is not None and entry.logprobs is not None:
-                last.logprobs.extend(entry.logprobs)
-        else:
+        if not (isinstance(entry, Tokens) and isinstance(last, Tokens) and last.join(entry)):
             self._pending.append(entry)
         if self._timer is None and self._work is None:
             self._timer = self._loop.call_later(FLUSH_S, self._begin)
 
     async def close(self, left: Left | None) -> bool:
-        """It is complete, or its owner lets it go (`left`); returns whether the answer was the owner's to the end.
+        """It is complete, or its owner lets it go (`left`), or what was delivered is not to be trusted and is not kept;
+        returns whether the answer was the owner's to the end.
 
         Takes long if the journal is away.
         """
@@ -96,14 +101,19 @@ class Recorder:
             self._timer.cancel()
         if self._work is not None:
             await asyncio.wait([self._work])
-        if left is not None:
+        state = AnswerState.DONE if left is None else AnswerState.FREE
+        if self._void:
+            assert self._failed is not None, "set with the failure"
+            # Who follows is to hear why it ends.
+            state, self._pending = AnswerState.VOID, [self._failed]
+        elif left is not None:
             self._pending += [left] if self._failed is None else [left, self._failed]
         self._encode()
-        state = AnswerState.DONE if left is None else AnswerState.FREE
         try:
             async with asyncio.timeout(LAST_TRIES_S):
                 await self._write(state)
         except TimeoutError:
+            self.late = True
             log.warning("an answer is not kept any longer: its journal has been away for %g s", LAST_TRIES_S)
         return not self.fenced
 
@@ -181,13 +191,3 @@ class _Listener:
             cached = self._ticket.cached_tokens
             entry = Complete(choice=self._choice, reason=end.reason, ended=ended, cached=cached)
         self._recorder.note(entry)
-
-
-def _alike(last: Tokens, entry: Tokens) -> bool:
-    """Whether they can be one entry."""
-    return (last.choice, last.version, last.cached, last.logprobs is None) == (
-        entry.choice,
-        entry.version,
-        entry.cached,
-        entry.logprobs is None,
-    )

@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import MaxConnectionsError, RedisError
 
 from tandem.core.answers import AnswerState, Appended, Claim, Limits, News, Standing
 from tandem.gateway.answers.journal import Journal, JournalDown, LocalJournal
-from tandem.gateway.answers.redis_scripts import APPEND, CLAIM, NEWS, TAKE
+from tandem.gateway.answers.redis_news import RedisNews
+from tandem.gateway.answers.redis_scripts import APPEND, CLAIM, NEWS, RESTART, TAKE
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,10 @@ WANT_S = 5.0
 DEADLINE_S = 0.5
 RETRY_S = 1.0
 """Nobody waits for a Redis that did not answer, for so long."""
+CONNECTIONS = 16
+"""For all that is asked of Redis at once; more wait for their turn."""
+TURN_S = 2.0
+"""How long for."""
 
 
 class RedisJournal:
@@ -45,7 +50,13 @@ class RedisJournal:
         """`incarnation`: what the gateway's owners begin with. Raises ValueError for a URL that is none."""
         try:
             self._redis: Redis = Redis.from_url(
-                url, protocol=2, retry=Retry(NoBackoff(), 0), socket_timeout=None, socket_connect_timeout=deadline
+                url,
+                protocol=2,
+                retry=Retry(NoBackoff(), 0),
+                socket_timeout=None,
+                socket_connect_timeout=deadline,
+                # One is for the news. The turns keep the others few: the pool's own limit is an error.
+                max_connections=2 * CONNECTIONS,
             )
         except ValueError:
             # The parser's message may quote a part of the password.
@@ -63,12 +74,15 @@ class RedisJournal:
         self._take = self._redis.register_script(TAKE)
         self._append = self._redis.register_script(APPEND)
         self._news = self._redis.register_script(NEWS)
+        self._restart = self._redis.register_script(RESTART)
+        self._turns = asyncio.Semaphore(CONNECTIONS)
+        self._heard = RedisNews(self._redis, f"{self._prefix}news", deadline=deadline)
         self._renewal: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
 
     async def claim(self, name: str, *, tenant: str, fingerprint: str, number: str, created: int, owner: str) -> Claim:
         self._renew_from_now_on()
-        standing, found, at, *entries = await self._run(
+        standing, found, at, born, lengths, entries = await self._run(
             self._claim,
             name,
             tenant,
@@ -79,7 +93,13 @@ class RedisJournal:
             *self._lives(AnswerState.OPEN),
             *self._room(),
         )
-        return Claim(standing=Standing(standing.decode()), number=found.decode(), created=int(at), log=entries)
+        return Claim(
+            standing=Standing(standing.decode()),
+            number=found.decode(),
+            created=int(at),
+            born=born.decode(),
+            log=_entries(lengths, entries),
+        )
 
     async def take(self, name: str, *, before: str, owner: str) -> bool:
         self._renew_from_now_on()
@@ -92,14 +112,20 @@ class RedisJournal:
         )
         return Appended(found.decode())
 
+    async def restart(self, name: str, *, owner: str) -> bool:
+        [done] = await self._run(self._restart, name, owner)
+        return bool(done)
+
     async def news(self, name: str, *, after: int, within: float) -> News | None:
-        found = await self._look(name, after)
-        if found is None or found.log or not found.alive or not within:
-            return found
-        stream, block = f"{self._prefix}l:{name}", max(1, int(within * 1000))
-        await self._within(
-            within + self._deadline, lambda: self._redis.xread({stream: f"{after}-0"}, count=1, block=block)
-        )
+        with self._heard.watch(name) as changed:
+            found = await self._look(name, after)
+            if found is None or found.log or not found.alive or not within:
+                return found
+            try:
+                async with asyncio.timeout(within):
+                    await changed.wait()
+            except TimeoutError:
+                pass  # its owner may have died meanwhile
         return await self._look(name, after)
 
     async def wanted(self, name: str) -> bool:
@@ -107,6 +133,7 @@ class RedisJournal:
 
     async def close(self) -> None:
         self._closing.set()
+        self._heard.close()
         if self._renewal is not None:
             await asyncio.wait([self._renewal], timeout=self._deadline)
             self._renewal.cancel()
@@ -122,8 +149,14 @@ class RedisJournal:
         found = await self._run(self._news, name, after, _ms(WANT_S))
         if not found:
             return None
-        state, owner, alive, *entries = found
-        return News(state=AnswerState(state.decode()), owner=owner.decode(), alive=bool(alive), log=entries)
+        state, owner, alive, born, lengths, entries = found
+        return News(
+            state=AnswerState(state.decode()),
+            owner=owner.decode(),
+            alive=bool(alive),
+            born=born.decode(),
+            log=_entries(lengths, entries),
+        )
 
     @property
     def _lease_key(self) -> str:
@@ -158,19 +191,33 @@ class RedisJournal:
         return await self._within(self._deadline, lambda: script(keys=[self._prefix], args=arguments))
 
     async def _within(self, deadline: float, call: Callable[[], Awaitable[_T]]) -> _T:
-        if self._loop.time() < self._down_until:
-            raise JournalDown("Redis did not answer a moment ago", sent=False)
+        self._check()
         try:
+            async with asyncio.timeout(TURN_S):
+                await self._turns.acquire()
+        except TimeoutError:
+            raise JournalDown("too much is asked of Redis at once", sent=False) from None
+        try:
+            self._check()
             async with asyncio.timeout(deadline):
                 return await call()
+        except MaxConnectionsError:
+            # Says nothing of Redis.
+            raise JournalDown("there are too many connections to Redis", sent=False) from None
         except TimeoutError:
             reason = f"Redis gave no answer within {deadline:g} s"
         except (RedisError, OSError) as error:
             text = str(error)
             reason = f"Redis cannot be used: {text.replace(self._secret, '***') if self._secret else text}"
+        finally:
+            self._turns.release()
         self._down_until = self._loop.time() + RETRY_S
         # Raised outside the handler: the original error may quote the password, so it must not come along.
         raise JournalDown(reason.rstrip("."))
+
+    def _check(self) -> None:
+        if self._loop.time() < self._down_until:
+            raise JournalDown("Redis did not answer a moment ago", sent=False)
 
 
 def open_journal(url: str, limits: Limits, *, fleet: str, incarnation: str) -> Journal:
@@ -178,6 +225,15 @@ def open_journal(url: str, limits: Limits, *, fleet: str, incarnation: str) -> J
     if url.startswith("embedded"):
         return LocalJournal(limits)
     return RedisJournal(url, limits, fleet=fleet, incarnation=incarnation)
+
+
+def _entries(lengths: bytes, entries: bytes) -> list[bytes]:
+    """See `redis_scripts`."""
+    found, at = [], 0
+    for length in map(int, lengths.split()):
+        found.append(entries[at : at + length])
+        at += length
+    return found
 
 
 def _ms(seconds: float) -> int:

@@ -90,6 +90,8 @@ class Reaper:
         incarnations = await self._store.list("incarnations/")
         # Leases are read after the incarnations: see `registration.py`.
         living = await self._living()
+        if living is None:
+            return
         for entry in incarnations:
             incarnation = entry.key.partition("/")[2]
             if incarnation in living or incarnation == self._incarnation or incarnation in self._reaping:
@@ -99,13 +101,16 @@ class Reaper:
             self._reaping[incarnation] = task
             task.add_done_callback(lambda done, one=incarnation: self._reaping.pop(one, None))  # type: ignore[misc]
 
-    async def _living(self) -> set[str]:
+    async def _living(self) -> set[str] | None:
+        """None: that cannot be told, as an entry that may be any of them cannot be read."""
         found = {entry.key.partition("/")[2] for entry in await self._store.list("leaving/")}
         for entry in await self._store.list("gateways/"):
             try:
                 found.add(msgspec.json.decode(entry.value, type=GatewayReplica).incarnation)
-            except msgspec.MsgspecError:
-                log.error("ignored the key %r of the store, which is no gateway", entry.key)
+            except (msgspec.MsgspecError, UnicodeDecodeError):
+                # msgspec raises the latter for a string that is not UTF-8.
+                log.error("the key %r of the store is no gateway: while it is there none is taken for dead", entry.key)
+                return None
         return found
 
     async def _reap(self, incarnation: str, version: int, replica: str) -> None:
@@ -114,7 +119,11 @@ class Reaper:
             await self._store.put(f"reaped/{incarnation}", replica.encode(), ttl=REMEMBER_S)
             await self._abort_everywhere(incarnation)
             await asyncio.sleep(self._again_s)
-            if incarnation in await self._living():
+            living = await self._living()
+            if living is None:
+                # It is looked at again.
+                return
+            if incarnation in living:
                 log.warning("gateway %s lives after all", replica)
                 return
             await self._abort_everywhere(incarnation)

@@ -37,6 +37,8 @@ class Registration:
         self._loop = asyncio.get_running_loop()
         self._steady_at = 0.0
         self._known = False
+        self._whole = False
+        """Both entries are written. One without the other is renewed in vain: the replica would never be reaped."""
         self._leaving = False
 
     @property
@@ -82,12 +84,15 @@ class Registration:
 
     async def _renew(self) -> None:
         record = self._record
-        if await self._store.touch(self._lease, self._lease_s):
+        there = await self._store.touch(self._lease, self._lease_s)
+        if there and self._whole:
             return
+        self._whole = False
         lease = b"" if self._leaving else msgspec.json.encode(record)
         await self._store.put(self._lease, lease, ttl=self._lease_s)
         await self._store.put(f"incarnations/{record.incarnation}", record.replica.encode())
-        if self._known:
+        self._whole = True
+        if self._known and not there:
             # The store came back empty, or this process stood still for longer than its lease.
             log.warning("the gateway's registration had expired; it is there again")
         if await self._store.delete(f"reaped/{record.incarnation}"):
