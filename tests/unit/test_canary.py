@@ -2,70 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from msgspec.structs import replace
 
-from tandem.core.types import Group, GroupState, Role
+from support.canary_engine import Reply, engine, good, saying
+from tandem.core.types import Role
 from tandem.fleet.canary import FAKE_HOST, TOKENS, Canary, CanaryError
-
-Reply = Callable[[dict[str, Any]], dict[str, Any]]
-
-
-def good(body: dict[str, Any]) -> dict[str, Any]:
-    """The tokens 7, 8, 9, …, as many as are asked for."""
-    return saying(body, list(range(7, 7 + body["sampling_params"]["max_new_tokens"])))
-
-
-def saying(body: dict[str, Any], ids: list[int]) -> dict[str, Any]:
-    """An answer of these tokens."""
-    meta: dict[str, Any] = {"completion_tokens": len(ids), "finish_reason": {"type": "length"}}
-    if body.get("return_logprob"):
-        meta["output_token_logprobs"] = [[-0.5, one, None] for one in ids]
-    return {"output_ids": ids, "meta_info": meta}
-
-
-class Engine:
-    """Answers `/generate` with whatever `reply` says, and keeps what was asked."""
-
-    def __init__(self, role: Role, dp_size: int, reply: Reply) -> None:
-        self.group = Group(
-            group=f"{role}-0",
-            role=role,
-            epoch=1,
-            state=GroupState.READY,
-            dp_size=dp_size,
-            bootstrap_host="10.0.0.1" if role is Role.PREFILL else "",
-            bootstrap_port=9 if role is Role.PREFILL else 0,
-        )
-        self.reply = reply
-        self.asked: list[dict[str, Any]] = []
-
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        head = await reader.readuntil(b"\r\n\r\n")
-        length = next(line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length"))
-        body = json.loads(await reader.readexactly(int(length.split(b":")[1])))
-        self.asked.append(body)
-        text = f"data: {json.dumps(self.reply(body))}\n\ndata: [DONE]\n\n"
-        writer.write(f"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: {len(text)}\r\n\r\n{text}".encode())
-        await writer.drain()
-        writer.close()
-
-
-@contextlib.asynccontextmanager
-async def engine(role: Role, dp_size: int = 2, reply: Reply = good) -> AsyncIterator[Engine]:
-    made = Engine(role, dp_size, reply)
-    server = await asyncio.start_server(made.serve, "127.0.0.1", 0)
-    made.group = replace(made.group, url=f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
-    try:
-        yield made
-    finally:
-        server.close()
 
 
 @pytest.fixture
@@ -132,7 +76,7 @@ async def test_an_engine_that_is_not_there_is_a_failure(canary: Canary) -> None:
 
 async def test_a_pair_gets_the_prompt_at_both_ends_over_every_dp_rank(canary: Canary) -> None:
     async with engine(Role.PREFILL) as prefill, engine(Role.DECODE, 3) as decode:
-        assert await canary.together(prefill.group, decode.group, [1]) == tuple(range(7, 7 + TOKENS))
+        assert await canary.together(prefill.group, decode.group, [1]) == (tuple(range(7, 7 + TOKENS)),)
     rooms = [{body["bootstrap_room"] for body in one.asked} for one in (prefill, decode)]
     assert rooms[0] == rooms[1]
     assert [body["routed_dp_rank"] for body in prefill.asked] == [0, 1, 0]
@@ -157,3 +101,28 @@ async def test_decode_ranks_that_answer_differently_fail(canary: Canary) -> None
     async with engine(Role.PREFILL, 1) as prefill, engine(Role.DECODE, 2, reply) as decode:
         with pytest.raises(CanaryError, match="answer differently to the same prompt"):
             await canary.together(prefill.group, decode.group, [1])
+
+
+def parting(body: dict[str, Any]) -> dict[str, Any]:
+    """Each DP rank answers otherwise, but for the first token."""
+    return saying(body, [7, *[20 + body["routed_dp_rank"]] * (TOKENS - 1)])
+
+
+async def test_where_answers_are_not_exact_they_need_only_begin_alike() -> None:
+    canary = Canary(within=5, exact=False)
+    async with engine(Role.PREFILL, 1) as prefill, engine(Role.DECODE, 2, parting) as decode:
+        answers = await canary.together(prefill.group, decode.group, [1])
+    await canary.close()
+    assert answers == ((7, *[20] * (TOKENS - 1)), (7, *[21] * (TOKENS - 1)))
+    assert (canary.alike([7, 20], [7, 21]), canary.alike([7, 20], [8, 20])) == (True, False)
+
+
+async def test_where_answers_are_not_exact_decode_must_still_begin_with_prefills_token() -> None:
+    canary = Canary(within=5, exact=False)
+    async with (
+        engine(Role.PREFILL, 1) as prefill,
+        engine(Role.DECODE, 1, lambda body: saying(body, [9] * TOKENS)) as decode,
+    ):
+        with pytest.raises(CanaryError, match="did not begin with the token that prefill-0 computed"):
+            await canary.together(prefill.group, decode.group, [1])
+    await canary.close()

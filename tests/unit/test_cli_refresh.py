@@ -18,8 +18,8 @@ REFRESH = Refresh(path="/second", version="2", old_path="/first", old_version="1
     [
         (RefreshPhase.RUNNING, "taking version 2: n"),
         (RefreshPhase.ROLLING_BACK, "going back to version 1, since f: n"),
-        (RefreshPhase.DONE, "every group serves version 2 from /second (42 s)"),
-        (RefreshPhase.ROLLED_BACK, "every group serves version 1 again, since f"),
+        (RefreshPhase.DONE, "every group has version 2 from /second (42 s)"),
+        (RefreshPhase.ROLLED_BACK, "every group has version 1 again, since f"),
         (RefreshPhase.FAILED, "the refresh to version 2 failed, groups may differ: f"),
     ],
 )

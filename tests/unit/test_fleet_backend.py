@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
@@ -12,9 +13,10 @@ from msgspec.structs import replace
 
 from tandem.core.group_events import Service
 from tandem.core.refresh import Refresh, RefreshPhase
-from tandem.core.types import Group, GroupSpec, GroupState, Role
+from tandem.core.types import FleetSnapshot, Group, GroupSpec, GroupState, Role
 from tandem.engine.launch import RankEndpoints
-from tandem.fleet.backend import StoreBackend
+from tandem.fleet import clock
+from tandem.fleet.backend import StoreBackend, why_needed
 from tandem.fleet.control_service import NoRefresh, Refused, UnknownGroup
 from tandem.fleet.engines import Command, NoEngineError
 from tandem.fleet.refresh_ask import RefreshAsk
@@ -99,9 +101,18 @@ async def test_a_cordon_changes_nothing_else(backend: StoreBackend) -> None:
 
 async def test_a_drain_has_a_deadline_the_fleets_own_if_none_is_given(backend: StoreBackend) -> None:
     await backend.put_group(SPEC)
-    before = time.time()
-    assert before + 60 <= (await backend.drain("decode-0", None)).drain_deadline <= time.time() + 60
-    assert before + 5 <= (await backend.drain("decode-0", 5)).drain_deadline <= time.time() + 5
+    before = clock.now()
+    assert before + 60 <= (await backend.drain("decode-0", None)).drain_deadline <= clock.now() + 60
+    assert before + 5 <= (await backend.drain("decode-0", 5)).drain_deadline <= clock.now() + 5
+
+
+async def test_a_drain_does_not_end_early_although_the_machines_clock_is_an_hour_ahead(
+    backend: StoreBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await backend.put_group(SPEC)
+    wall = time.time
+    monkeypatch.setattr(time, "time", lambda: wall() + 3600)
+    assert (await backend.drain("decode-0", 5)).drain_deadline <= clock.now() + 5
 
 
 async def test_a_draining_group_is_not_changed(backend: StoreBackend) -> None:
@@ -161,10 +172,62 @@ async def test_the_last_ready_group_of_a_role_is_drained_only_by_force(backend: 
     assert (await backend.drain("decode-0", 5, force=True)).draining
 
 
+async def test_two_drains_at_once_leave_one_group(backend: StoreBackend, store: Store) -> None:
+    await put_fleet(store, decode=2)
+    drains = (backend.drain(f"decode-{number}", 5) for number in range(2))
+    done = await asyncio.gather(*drains, return_exceptions=True)
+    assert [isinstance(one, Refused) for one in done] == [False, True]
+
+
+async def test_a_drain_may_be_repeated_although_it_leaves_one_group(backend: StoreBackend, store: Store) -> None:
+    await put_fleet(store, decode=2)
+    await backend.drain("decode-1", 5)
+    assert (await backend.drain("decode-1", 50)).draining
+
+
+def refreshing(**states: GroupState) -> FleetSnapshot:
+    """In the middle of a refresh: prefill-0 and decode-0 have version 1, prefill-1 and decode-1 version 2."""
+    groups, specs = [], []
+    for role in Role:
+        for number in range(2):
+            name = f"{role}-{number}"
+            state = states.get(f"{role}_{number}", GroupState.READY)
+            groups.append(Group(group=name, role=role, epoch=1, state=state, weight_version=str(number + 1)))
+            specs.append(GroupSpec(group=name, role=role, nodes=1))
+    return FleetSnapshot(groups=tuple(groups), desired=tuple(specs))
+
+
+def test_in_a_refresh_a_group_of_the_last_complete_pair_is_needed_although_another_is_ready() -> None:
+    fleet = refreshing(prefill_1=GroupState.DRAINING)
+    assert why_needed(fleet, "decode-0").startswith("decode-0 is the last ready decode group whose weight version (1)")
+    assert why_needed(fleet, "decode-1") == ""
+    assert why_needed(refreshing(), "decode-0") == ""
+
+
+def test_a_group_that_leaves_makes_no_pair() -> None:
+    fleet = refreshing()
+    draining = tuple(replace(spec, draining=spec.group == "prefill-1") for spec in fleet.desired)
+    removed = tuple(spec for spec in fleet.desired if spec.group != "prefill-1")
+    assert "whose weight version (1)" in why_needed(replace(fleet, desired=draining), "decode-0")
+    assert "whose weight version (1)" in why_needed(replace(fleet, desired=removed), "decode-0")
+
+
+async def test_in_a_refresh_a_drain_of_the_last_complete_pair_is_refused_unless_it_is_forced(
+    backend: StoreBackend, store: Store
+) -> None:
+    fleet = refreshing(prefill_1=GroupState.DRAINING)
+    for group, spec in zip(fleet.groups, fleet.desired, strict=True):
+        await store.put(f"groups/{group.group}", msgspec.json.encode(group))
+        await store.put(f"desired/{group.group}", msgspec.json.encode(spec))
+    with pytest.raises(Refused, match="wait until the refresh has gone on, or force it"):
+        await backend.drain("decode-0", 5)
+    assert (await backend.drain("decode-0", 5, force=True)).draining
+
+
 async def test_a_drain_that_moves_streams_at_once_says_since_when(backend: StoreBackend) -> None:
     await backend.put_group(SPEC)
     assert (await backend.drain("decode-0", 5)).migrate_at == 0
-    assert time.time() - 5 < (await backend.drain("decode-0", 5, migrate=True)).migrate_at <= time.time()
+    assert clock.now() - 5 < (await backend.drain("decode-0", 5, migrate=True)).migrate_at <= clock.now()
 
 
 async def test_a_new_group_gets_the_weights_that_the_fleet_has_and_an_old_one_keeps_its_own(
@@ -187,6 +250,12 @@ async def test_a_refresh_is_noted_with_all_that_it_needs(backend: StoreBackend, 
     with pytest.raises(Refused, match="A refresh to version 2 goes on"):
         await backend.refresh(ASK)
     assert (await backend.stop_refresh()).stop
+
+
+async def test_a_refresh_that_goes_back_may_be_stopped_too(backend: StoreBackend, store: Store) -> None:
+    back = Refresh(path="/x", version="0", phase=RefreshPhase.ROLLING_BACK)
+    await store.put("refresh", msgspec.json.encode(back))
+    assert await backend.stop_refresh() == replace(back, stop=True)
 
 
 async def test_another_refresh_may_follow_one_that_is_over(backend: StoreBackend, store: Store) -> None:

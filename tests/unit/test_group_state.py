@@ -249,6 +249,14 @@ def test_a_controller_that_comes_back_adopts_a_living_group_and_asks_for_nothing
     assert (life.record.group, life.answers()) == (group, [])
 
 
+def test_a_controller_that_comes_back_with_a_clock_behind_the_last_ones_does_not_wait_for_that_time() -> None:
+    life = ready().hear(Desired(spec=replace(SPEC, draining=True, drain_deadline=TIMES["deadline"])))
+    assert life.state is GroupState.CORDONED
+    life = Life(groups.adopt(life.record.group, life.record.spec, policy=POLICY, now=40), now=40)
+    life.hear(Adopted(epoch=1, ranks=life.record.group.ranks)).later(POLICY.settle)
+    assert life.state is GroupState.DRAINING
+
+
 def test_a_controller_that_comes_back_restarts_a_group_with_a_rank_that_it_cannot_find() -> None:
     life = Life(groups.adopt(ready().record.group, SPEC, policy=POLICY, now=500))
     life.hear(RankDied(epoch=1, rank=1, reason="cannot be found"), Stopped(epoch=1))

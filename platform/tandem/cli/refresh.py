@@ -34,7 +34,12 @@ def refresh(
     ] = False,
     drain: Annotated[float | None, typer.Option(help="Seconds that a group may take to be empty.")] = None,
     wait: Annotated[bool, typer.Option(help="Return only when it is over.")] = True,
-    stop: Annotated[bool, typer.Option("--stop", help="End the refresh that goes on, as if it had failed.")] = False,
+    stop: Annotated[
+        bool,
+        typer.Option(
+            "--stop", help="End the refresh that goes on, as if it had failed; said again, also the way back."
+        ),
+    ] = False,
     fleet: FleetName = "laptop",
 ) -> None:
     """Give the fleet other weights, one group at a time, without a pause. Without MODEL_DIR: tell how far it is."""
@@ -76,9 +81,9 @@ def sentence(refresh: Refresh) -> str:
             return f"going back to version {refresh.old_version}, since {refresh.failure}: {refresh.note}"
         case RefreshPhase.DONE:
             seconds = refresh.ended - refresh.began
-            return f"every group serves version {refresh.version} from {refresh.path} ({seconds:.0f} s)"
+            return f"every group has version {refresh.version} from {refresh.path} ({seconds:.0f} s)"
         case RefreshPhase.ROLLED_BACK:
-            return f"every group serves version {refresh.old_version} again, since {refresh.failure}"
+            return f"every group has version {refresh.old_version} again, since {refresh.failure}"
         case RefreshPhase.FAILED:
             return f"the refresh to version {refresh.version} failed, groups may differ: {refresh.failure}"
 

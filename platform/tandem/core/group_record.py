@@ -91,6 +91,8 @@ def adopt(group: Group, spec: GroupSpec | None, *, policy: Policy, now: float) -
         weight_version=group.weight_version,
     )
     gpus = spec.gpus_per_node if spec else 1
+    # The one that wrote it may have lived by a clock that was ahead: what waits from then on must not wait for that.
+    group = replace(group, since=min(group.since, now))
     return Record(
         group=group,
         spec=spec,

@@ -54,7 +54,7 @@ class Refresh(msgspec.Struct, frozen=True, kw_only=True):
     drain_s: float = 660.0
     """Seconds that a group may take to be empty."""
     stop: bool = False
-    """Somebody wants it to end."""
+    """Somebody wants this phase to end: a refresh that runs goes back, one that goes back ends where it is."""
     group: str = ""
     """The group that takes its turn."""
     note: str = ""
@@ -118,11 +118,14 @@ def step(
         return replace(refresh, group="", note=f"waits for {', '.join(unknown)} to start"), ()
     if not left:
         return replace(refresh, phase=_END[refresh.phase], group="", note="", ended=now), ()
-    able = [group for group in left if group.state in (GroupState.READY, GroupState.CORDONED)]
+    able = [group for group in left if _settled(group)]
     safe = [group for group in able if not group.routable or _pair_without(group, living)]
     # Whatever is starting may soon make it safe, so a pause is only for a fleet that has nothing to wait for.
-    settled = all(group.state in (GroupState.READY, GroupState.CORDONED) for group in living)
-    choice = safe or (able if settled and (refresh.allow_pause or not _some_pair(living)) else [])
+    settled = all(_settled(group) for group in living)
+    choice = safe or (able if settled and (refresh.allow_pause or not some_pair(living)) else [])
+    if refresh.phase is RefreshPhase.RUNNING and (down := [one for one in living if _fell(one, target)]):
+        # Do the new weights start at all? No other group is to depend on them until that is seen.
+        return replace(refresh, group=down[0].group, note=f"{down[0].group} is {down[0].state}: {down[0].reason}"), ()
     if not choice:
         return replace(refresh, group="", note=_waits_for(living, able)), ()
     group = min(choice, key=lambda one: _order(one, living, target))
@@ -139,13 +142,11 @@ def _failure(refresh: Refresh, living: list[Group], wishes: dict[str, GroupSpec]
     for group in living:
         if target.version and group.refused == target.version:
             return f"{group.group} {group.reason or 'could not take the weights; the log of its engine says why'}"
-    if refresh.phase is RefreshPhase.ROLLING_BACK:
-        return ""
     if refresh.stop:
         return "it was told to stop"
     for group in living:
-        waits = group.state is GroupState.DRAINING and not group.loading and _told(wishes[group.group], target)
-        if waits and now >= group.since + refresh.drain_s:
+        drains = group.state is GroupState.DRAINING and not group.loading and group.weight_version != target.version
+        if drains and _told(wishes[group.group], target) and now >= group.since + refresh.drain_s:
             return f"{group.group} still had requests after {refresh.drain_s:g} s"
     return ""
 
@@ -153,19 +154,25 @@ def _failure(refresh: Refresh, living: list[Group], wishes: dict[str, GroupSpec]
 def _fail(
     refresh: Refresh, living: list[Group], wishes: dict[str, GroupSpec], why: str, now: float
 ) -> tuple[Refresh, tuple[Told, ...]]:
-    """Whoever does not have the new weights keeps the old ones; whoever has them follows later, if that is wanted."""
-    new, old = Weights(refresh.path, refresh.version), Weights(refresh.old_path, refresh.old_version)
-    told = tuple(
-        Told(group=group.group, weights=old)
-        for group in living
-        if _told(wishes[group.group], new) and not _has(group, new)
-    )
+    """Whoever does not have the new weights keeps the old ones; whoever has them follows later, if that is wanted.
+
+    On the way back there is nothing to go back to: whoever does not have the old weights yet keeps what it has.
+    """
+    target = refresh.target
+    late = [group for group in living if _told(wishes[group.group], target) and not _has(group, target)]
+    over = replace(refresh, phase=RefreshPhase.FAILED, group="", note="", failure=why, ended=now)
     if refresh.phase is RefreshPhase.ROLLING_BACK:
-        both = f"{refresh.failure}; and going back failed: {why}"
-        return replace(refresh, phase=RefreshPhase.FAILED, group="", note="", failure=both, ended=now), ()
+        # One that has begun to load ends that; one that has never served knows no other weights.
+        keep = [group for group in late if group.weight_version and not group.loading]
+        own = tuple(Told(group=one.group, weights=Weights(one.weights_path, one.weight_version)) for one in keep)
+        return replace(over, failure=f"{refresh.failure}; and going back failed: {why}"), own
+    old = Weights(refresh.old_path, refresh.old_version)
+    told = tuple(Told(group=group.group, weights=old) for group in late)
     if refresh.rollback:
-        return replace(refresh, phase=RefreshPhase.ROLLING_BACK, group="", note="", failure=why), told
-    return replace(refresh, phase=RefreshPhase.FAILED, group="", note="", failure=why, ended=now), told
+        # Whoever wanted it to stop has got that; said again, it means the way back.
+        back = replace(refresh, phase=RefreshPhase.ROLLING_BACK, stop=False, group="", note="", failure=why)
+        return back, told
+    return over, told
 
 
 # -- small questions
@@ -178,19 +185,30 @@ def _told(spec: GroupSpec, weights: Weights) -> bool:
     return spec.weight_version == weights.version
 
 
+def _settled(group: Group) -> bool:
+    return group.state in (GroupState.READY, GroupState.CORDONED)
+
+
 def _has(group: Group, weights: Weights) -> bool:
-    """Whether the group serves these weights, or would if it were not cordoned."""
-    settled = group.state in (GroupState.READY, GroupState.CORDONED)
-    return settled and not group.loading and group.weight_version == weights.version
+    """Whether the group serves these weights, or would if it were not cordoned, or starts with them: an epoch begins
+    with what the group served last. One that has failed will start, since restarts go on for ever."""
+    stays = _settled(group) or group.state is GroupState.STARTING
+    return stays and not group.loading and group.weight_version == weights.version
 
 
-def _some_pair(groups: Iterable[Group]) -> bool:
+def _fell(group: Group, weights: Weights) -> bool:
+    """Whether the group took these weights, has died since, and starts again."""
+    return group.state is GroupState.STARTING and _has(group, weights)
+
+
+def some_pair(groups: Iterable[Group]) -> bool:
+    """Whether some weight version has a ready group of each role."""
     ready = {(group.weight_version, group.role) for group in groups if group.routable}
     return any((version, Role.PREFILL) in ready and (version, Role.DECODE) in ready for version, _ in ready)
 
 
 def _pair_without(group: Group, living: list[Group]) -> bool:
-    return _some_pair(other for other in living if other.group != group.group)
+    return some_pair(other for other in living if other.group != group.group)
 
 
 def _is_missed(group: Group, living: list[Group]) -> bool:
@@ -199,7 +217,7 @@ def _is_missed(group: Group, living: list[Group]) -> bool:
         return False
     back = replace(group, state=GroupState.READY)
     others = [other for other in living if other.group != group.group]
-    return not _some_pair(others) and _some_pair([*others, back])
+    return not some_pair(others) and some_pair([*others, back])
 
 
 def _order(group: Group, living: list[Group], target: Weights) -> tuple[int, bool, int, str]:
@@ -210,7 +228,7 @@ def _order(group: Group, living: list[Group], target: Weights) -> tuple[int, boo
 
 
 def _waits_for(living: list[Group], able: list[Group]) -> str:
-    away = [group.group for group in living if group.state not in (GroupState.READY, GroupState.CORDONED)]
+    away = [group.group for group in living if not _settled(group)]
     if away:
         return f"waits for {', '.join(away)} to be ready"
     return f"waits: without {able[0].group} no pair is complete; add a group, or stop the refresh and allow a pause"

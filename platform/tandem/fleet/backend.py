@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 import msgspec
 
-from tandem.core.refresh import Refresh, RefreshPhase
-from tandem.core.types import DpLoad, FleetSnapshot, Group, GroupSpec, GroupState, Role
+from tandem.core.refresh import OVER, Refresh, some_pair
+from tandem.core.types import DpLoad, FleetSnapshot, Group, GroupSpec, GroupState
 from tandem.engine.client import EngineClient, EngineError
+from tandem.fleet import clock
 from tandem.fleet.control_service import NoRefresh, Refused, UnknownGroup
 from tandem.fleet.engines import Engines, NoEngineError
 from tandem.fleet.refresh_ask import RefreshAsk
@@ -34,6 +34,9 @@ class StoreBackend:
         self._drain_s = drain_s
         self._refresh_drain_s = refresh_drain_s
         self._client = EngineClient()
+        self._draining = asyncio.Lock()
+        """From the look at who is left until the wish is noted: else two drains at once leave nobody. One controller
+        serves, so a lock of this process does."""
 
     async def fleet(self) -> FleetSnapshot:
         """The fleet as it is now."""
@@ -84,15 +87,10 @@ class StoreBackend:
     ) -> GroupSpec:
         """Begin to drain a group; a repeated call sets the deadline anew. `migrate`: its streams move at once.
 
-        Raises Refused for the last ready group of its role, unless `force`.
+        Raises Refused for the last ready group of its role, or of the last complete pair, unless `force`.
         """
-        now_s = time.time()
+        now_s = clock.now()
         deadline = now_s + (self._drain_s if deadline_s is None else deadline_s)
-        if not force and (role := last_of_role(await self.fleet(), group)):
-            raise Refused(
-                f"{group} is the last {role} group that is ready: without it nothing is answered; add another one"
-                f" first (`tandem scale {role} N`), or force it."
-            )
 
         def change(now: GroupSpec | None) -> GroupSpec:
             if now is None:
@@ -100,7 +98,10 @@ class StoreBackend:
             at = now_s if migrate else 0.0
             return msgspec.structs.replace(now, draining=True, drain_deadline=deadline, migrate_at=at)
 
-        return await self._change(group, change)
+        async with self._draining:
+            if not force and (why := why_needed(await self.fleet(), group)):
+                raise Refused(why)
+            return await self._change(group, change)
 
     async def remove(self, group: str) -> None:
         """Let a group leave at once."""
@@ -140,11 +141,11 @@ class StoreBackend:
         return found
 
     async def stop_refresh(self) -> Refresh:
-        """Let the refresh that goes on end as if it had failed."""
+        """Let the refresh that goes on end as if it had failed; one that goes back already ends where it is."""
         await self.refresh_state()
 
         def stop(now: Refresh) -> Refresh:
-            if now.phase is not RefreshPhase.RUNNING:
+            if now.phase in OVER:
                 raise Refused(f"The refresh to version {now.version} is not running: it is {now.phase}.")
             return msgspec.structs.replace(now, stop=True)
 
@@ -175,11 +176,23 @@ class StoreBackend:
         raise Refused(f"{group} is being changed by others all the time; try again.")
 
 
-def last_of_role(fleet: FleetSnapshot, group: str) -> Role | None:
-    """The role of which this group is the last ready one; None = it is not."""
-    leaving = {spec.group for spec in fleet.desired if spec.draining}
-    ready = [found for found in fleet.groups if found.routable and found.group not in leaving]
-    own = next((found for found in ready if found.group == group), None)
-    if own is None or any(found.role is own.role and found.group != group for found in ready):
-        return None
-    return own.role
+def why_needed(fleet: FleetSnapshot, group: str) -> str:
+    """Why the fleet could not answer without this group, as a sentence that says what to do; empty = it could."""
+    staying = {spec.group: not spec.draining for spec in fleet.desired}
+    own = next((found for found in fleet.groups if found.group == group and found.routable), None)
+    if own is None or not staying.get(group, True):
+        return ""
+    role = own.role
+    # Without those that leave: they drain, or nobody wishes for them any more.
+    others = [found for found in fleet.groups if found.routable and staying.get(found.group) and found is not own]
+    if all(found.role is not role for found in others):
+        return (
+            f"{group} is the last {role} group that is ready: without it nothing is answered; add another one first"
+            f" (`tandem scale {role} N`), or force it."
+        )
+    if some_pair([own, *others]) and not some_pair(others):
+        return (
+            f"{group} is the last ready {role} group whose weight version ({own.weight_version}) has a ready group of"
+            " the other role: without it nothing is answered; wait until the refresh has gone on, or force it."
+        )
+    return ""

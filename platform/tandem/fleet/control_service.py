@@ -92,7 +92,7 @@ class FleetBackend(Protocol):
         """Return the refresh that goes on, or the last one."""
 
     async def stop_refresh(self) -> Refresh:
-        """Let the refresh that goes on end as if it had failed."""
+        """Let the refresh that goes on end as if it had failed; one that goes back already ends where it is."""
 
 
 class FleetControlService(control_pb2_grpc.FleetControlServicer):

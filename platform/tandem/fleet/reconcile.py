@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable
 
 import msgspec
@@ -13,6 +12,7 @@ from ray.exceptions import RayError
 from tandem.core import group as groups
 from tandem.core.group_events import Action, Desired, Event, Forget, Tick
 from tandem.core.types import Group, GroupSpec, GroupState
+from tandem.fleet import clock as process_clock
 from tandem.fleet import placement
 from tandem.fleet.engines import Engines
 from tandem.fleet.hands import Hands, HandsSettings
@@ -43,7 +43,7 @@ class Reconciler:
         hands: HandsSettings,
         policy: groups.Policy,
         *,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = process_clock.now,
     ) -> None:
         self._store = store
         self._engines = engines

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Callable
 
 import msgspec
@@ -14,6 +13,7 @@ from msgspec.structs import replace
 from tandem.core import refresh as refreshing
 from tandem.core.refresh import OVER, Refresh, RefreshPhase, Told
 from tandem.core.types import GroupSpec
+from tandem.fleet import clock as process_clock
 from tandem.fleet.refresh_store import REFRESH_KEY
 from tandem.fleet.snapshot import DESIRED, FLEET_KEY, GROUPS, read_snapshot
 from tandem.state import Store
@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 class RefreshDriver:
     """One run of it, until the store fails. All it knows is in the store, so the next run goes on where it ended."""
 
-    def __init__(self, store: Store, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, store: Store, *, clock: Callable[[], float] = process_clock.now) -> None:
         self._store = store
         self._clock = clock
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 import msgspec
 
 from tandem.core.refresh import OVER, Refresh, pause_reason
+from tandem.fleet import clock
 from tandem.fleet.control_service import Refused
 from tandem.fleet.engines import Engines, NoEngineError
 from tandem.fleet.refresh_ask import RefreshAsk
@@ -55,7 +55,7 @@ async def begin_refresh(store: Store, engines: Engines, ask: RefreshAsk, *, drai
         rollback=ask.rollback,
         allow_pause=ask.allow_pause,
         drain_s=drain_s if ask.drain_s is None else ask.drain_s,
-        began=time.time(),
+        began=clock.now(),
     )
     version = entry.version if entry is not None else 0
     if await store.compare_and_set(REFRESH_KEY, msgspec.json.encode(refresh), version=version) is None:

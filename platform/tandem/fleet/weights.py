@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
 from tandem.core.refresh import OVER, Refresh
-from tandem.core.types import Group, Role
+from tandem.core.types import Group, GroupSpec, Role
 from tandem.engine.http1 import HttpFailure, Pool
-from tandem.fleet.canary import Canary, CanaryError
+from tandem.engine.launch import RankEndpoints
+from tandem.fleet.canary import Answers, Canary, CanaryError
 from tandem.fleet.engines import Engines, NoEngineError
 from tandem.fleet.refresh_store import change_refresh, read_refresh
 from tandem.fleet.snapshot import read_snapshot
@@ -27,6 +28,10 @@ from tandem.state import Store
 
 PROMPT = "The weights of this model have just been loaded. Two and three are"
 """The canary, where none is given."""
+
+DETERMINISTIC = "--enable-deterministic-inference"
+_ANYWHERE = RankEndpoints(host="127.0.0.1", http_port=1, dist_init="127.0.0.1:2", bootstrap_port=3)
+"""For a command line that is only read."""
 
 _log = logging.getLogger(__name__)
 
@@ -74,20 +79,26 @@ class WeightLoader:
             refresh = None
         prompt: Sequence[int] = refresh.prompt if refresh is not None else ()
         prompt = prompt or await asyncio.to_thread(self._engines.encode, folder, PROMPT)
-        canary = Canary()
+        canary = Canary(exact=await self._exact())
         try:
             first = await canary.alone(group, prompt)
             partner = await self._partner(group, version)
             if partner is None:
                 return
             pair = (group, partner) if group.role is Role.PREFILL else (partner, group)
-            answer = await canary.together(*pair, prompt)
+            answers = await canary.together(*pair, prompt)
         finally:
             await canary.close()
-        if group.role is Role.PREFILL and answer[0] != first:
-            raise CanaryError(f"the canary began with token {first} alone, and with {answer[0]} in a pair")
+        if group.role is Role.PREFILL and answers[0][0] != first:
+            raise CanaryError(f"the canary began with token {first} alone, and with {answers[0][0]} in a pair")
         if refresh is not None:
-            await self._compare(refresh, folder, answer)
+            await self._compare(refresh, folder, answers, canary.alike)
+
+    async def _exact(self) -> bool:
+        """Whether every group of the fleet answers alike, whatever else it computes."""
+        specs = (await read_snapshot(self._store)).desired
+        # In a thread: the first time, command lines are made from files.
+        return await asyncio.to_thread(lambda: all(answers_exactly(self._engines, spec) for spec in specs))
 
     async def _partner(self, group: Group, version: str) -> Group | None:
         """A group of the other role that has the version already."""
@@ -95,22 +106,30 @@ class WeightLoader:
         others = (one for one in groups if one.role is not group.role and one.routable)
         return next((one for one in others if one.weight_version == version and one.url), None)
 
-    async def _compare(self, refresh: Refresh, folder: str, answer: tuple[int, ...]) -> None:
-        """Hold the answer against what is expected, and against what the pairs before have answered."""
+    async def _compare(
+        self, refresh: Refresh, folder: str, answers: Answers, alike: Callable[[Sequence[int], Sequence[int]], bool]
+    ) -> None:
+        """Hold the answers against what is expected, and against what the pairs before have answered."""
         if refresh.target.version != refresh.version:
             return  # on the way back: what was expected is of the new weights
-        if refresh.expect:
+        for answer in answers if refresh.expect else ():
             text = await asyncio.to_thread(self._engines.decode, folder, answer)
             if not text.lstrip().startswith(refresh.expect.lstrip()[: len(text)]):
                 raise CanaryError("the canary's answer does not begin with what is expected")
 
         def note(now: Refresh) -> Refresh:
             same = now.version == refresh.version and now.began == refresh.began and not now.answer
-            return msgspec.structs.replace(now, answer=answer) if same else now
+            return msgspec.structs.replace(now, answer=answers[0]) if same else now
 
         noted = await change_refresh(self._store, note)
-        if noted.answer and noted.answer != answer:
+        if noted.answer and not alike(noted.answer, answers[0]):
             raise CanaryError("the canary's answer is another one than that of the first pair with these weights")
+
+
+def answers_exactly(engines: Engines, spec: GroupSpec) -> bool:
+    """Whether equal prompts get equal greedy answers from a group, whatever else is in the batch: on a CPU, and on GPUs
+    with SGLang's flag for it. The command line says so. Raises NoEngineError."""
+    return "GPU" not in engines.bundle(spec) or DETERMINISTIC in engines.command(spec, 0, _ANYWHERE).argv
 
 
 def _message(answer: bytes) -> str:

@@ -138,7 +138,7 @@ def test_a_group_that_cannot_take_them_ends_it_and_those_that_did_go_back() -> N
     assert paper.refresh.phase is RefreshPhase.ROLLING_BACK
     assert paper.refresh.failure == "decode-1 could not take weight version 2: no file"
     paper.put("decode-1", state=GroupState.STARTING, refused="")
-    assert paper.step() == ()  # it is waited for
+    assert paper.step() == (Told(group="prefill-1", weights=OLD),)  # it will have the old ones, and is not waited for
     paper.run()
     assert (paper.refresh.phase, versions(paper)) == (RefreshPhase.ROLLED_BACK, {"1"})
     assert paper.turns[-1] == "prefill-1"
@@ -180,6 +180,105 @@ def test_somebody_may_stop_it() -> None:
     paper = fleet(2, 2, stop=True)
     paper.run()
     assert (paper.refresh.phase, paper.refresh.failure) == (RefreshPhase.ROLLED_BACK, "it was told to stop")
+
+
+def going_back(**changes: object) -> Paper:
+    """Two and two groups that go back: prefill-1 has the new weights, and was told to take the old ones again."""
+    paper = fleet(2, 2, phase=RefreshPhase.ROLLING_BACK, failure="first", **changes)
+    paper.put("prefill-1", weights_path="/second", weight_version="2")
+    assert paper.step() == (Told(group="prefill-1", weights=OLD),)
+    return paper
+
+
+def test_a_refresh_that_stops_ends_although_a_group_with_the_old_weights_cannot_start() -> None:
+    paper = fleet(2, 2, stop=True)
+    paper.put("decode-1", state=GroupState.STARTING, reason="waits for 1 node")
+    paper.step()
+    paper.step()
+    assert paper.refresh.phase is RefreshPhase.ROLLED_BACK
+
+
+def test_a_group_that_has_failed_is_waited_for_until_its_next_epoch_begins() -> None:
+    paper = fleet(2, 2, stop=True)
+    paper.put("decode-1", state=GroupState.FAILED)
+    paper.step()
+    paper.step()
+    assert paper.refresh.note == "waits for decode-1 to be ready"
+    paper.put("decode-1", state=GroupState.STARTING)
+    paper.step()
+    assert paper.refresh.phase is RefreshPhase.ROLLED_BACK
+
+
+def test_a_refresh_is_over_although_the_last_group_died_with_the_new_weights() -> None:
+    paper = fleet(2, 2)
+    for name in paper.groups:
+        paper.put(name, weight_version="2")
+    paper.put("decode-0", state=GroupState.STARTING)
+    paper.step()
+    assert paper.refresh.phase is RefreshPhase.DONE
+
+
+def test_on_the_way_back_a_group_that_is_not_empty_in_time_keeps_what_it_has_and_the_refresh_fails() -> None:
+    paper = going_back()
+    paper.put("prefill-1", state=GroupState.DRAINING, since=paper.now)
+    paper.now += 99
+    assert paper.step() == ()
+    paper.now += 1
+    assert paper.step() == (Told(group="prefill-1", weights=NEW),)
+    assert paper.refresh.phase is RefreshPhase.FAILED
+    assert paper.refresh.failure == "first; and going back failed: prefill-1 still had requests after 100 s"
+
+
+def test_a_group_that_was_too_late_for_the_new_weights_is_not_too_late_for_its_own() -> None:
+    paper = fleet(2, 2)
+    paper.step()
+    paper.put("prefill-1", state=GroupState.DRAINING, since=paper.now)
+    paper.now += 100
+    paper.step()
+    assert paper.step() == ()  # it has not heard yet that it goes on
+    paper.run()
+    assert paper.refresh.phase is RefreshPhase.ROLLED_BACK
+
+
+def test_the_way_back_may_be_stopped() -> None:
+    paper = going_back()
+    paper.put("prefill-1", state=GroupState.DRAINING, since=paper.now)
+    paper.refresh = replace(paper.refresh, stop=True)
+    assert paper.step() == (Told(group="prefill-1", weights=NEW),)
+    assert (paper.refresh.phase, paper.refresh.ended) == (RefreshPhase.FAILED, paper.now)
+    assert paper.refresh.failure == "first; and going back failed: it was told to stop"
+
+
+def test_the_way_back_that_is_stopped_leaves_a_load_alone() -> None:
+    paper = going_back()
+    paper.put("prefill-1", state=GroupState.DRAINING, loading="1")
+    paper.refresh = replace(paper.refresh, stop=True)
+    assert paper.step() == ()
+    assert paper.refresh.phase is RefreshPhase.FAILED
+
+
+def test_one_wish_to_stop_ends_only_the_way_forth() -> None:
+    paper = fleet(2, 2, stop=True)
+    paper.put("prefill-1", weight_version="2")
+    paper.step()
+    assert (paper.refresh.phase, paper.refresh.stop) == (RefreshPhase.ROLLING_BACK, False)
+
+
+def test_no_group_follows_one_that_died_with_the_new_weights_until_it_is_up_again() -> None:
+    paper = fleet(3, 3)
+    paper.put("prefill-2", state=GroupState.STARTING, reason="restarts", weight_version="2")
+    assert paper.step() == ()
+    assert (paper.refresh.group, paper.refresh.note) == ("prefill-2", "prefill-2 is starting: restarts")
+    paper.put("prefill-2", state=GroupState.READY)
+    assert paper.step() == (Told(group="decode-2", weights=NEW),)
+
+
+def test_a_group_that_starts_for_the_first_time_has_no_weights_yet() -> None:
+    paper = going_back()
+    paper.put("prefill-1", weight_version="1")
+    paper.put("decode-1", state=GroupState.STARTING, weight_version="", loading="1")
+    assert paper.step() == ()
+    assert paper.refresh.note == "waits for decode-1 to be ready"
 
 
 def test_a_group_that_leaves_is_left_alone() -> None:
@@ -274,3 +373,5 @@ def test_whatever_happens_at_most_one_group_is_away_for_its_weights_and_in_the_e
         assert versions(paper) == {"1"}
     else:
         assert "going back failed" in paper.refresh.failure
+        for name_, group in paper.groups.items():  # nobody drains for weights that are not wanted any more
+            assert group.loading or paper.specs[name_].weight_version in ("", group.weight_version)
