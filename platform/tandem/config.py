@@ -128,11 +128,12 @@ class TimeoutConfig(_Section):
     """Deadlines of the fleet's own work."""
 
     group_start_s: Seconds = Field(300, description="A group that is not ready by then is restarted.")
-    hang_s: float = Field(
-        10,
+    hang_s: float | None = Field(
+        None,
         ge=5,
         le=3600,
-        description="A ready engine that shows no progress for so long is dead; blocked, for 0.6 of it.",
+        description="A ready engine that shows no progress for so long is dead; blocked, for 0.6 of it; "
+        "none = 10 on cpu, 60 on cuda.",
     )
     drain_s: Seconds = Field(120, description="A drain that is not finished by then stops the group.")
     migrate_s: Seconds = Field(30, description="So long before that, its streams begin to move to other groups.")

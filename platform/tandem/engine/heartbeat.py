@@ -11,7 +11,8 @@ import mmap
 import os
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from tandem.core.heartbeat import Beat, Doing
@@ -56,7 +57,7 @@ class Pulse:
         words[TURNS] += 1
         if self._settling:
             self._settling -= 1
-            words[PATIENT] = int(self._settling > 0)
+            words[PATIENT] = int(self._first or self._settling > 0)
         self.now(Doing.SCHEDULING)
 
     def forward(self) -> None:
@@ -80,6 +81,16 @@ class Pulse:
         self._words[PATIENT] = 1
         self._settling = max(self._settling, _SETTLE_TURNS)
         self.now(Doing.CONTROL)
+
+    @contextmanager
+    def slowly(self) -> Iterator[None]:
+        """The same for a part of something else, such as a compiler's run within a forward pass."""
+        was = Doing(self._words[DOING])
+        self.control()
+        try:
+            yield
+        finally:
+            self.now(was)
 
     def now(self, doing: Doing) -> None:
         """A step of progress: this is what the process does from now on."""
@@ -105,14 +116,17 @@ def open_pulse(who: str, *, patient: bool = False) -> Pulse | None:
 
 
 def read_beats(folder: Path) -> Mapping[int, Beat]:
-    """What the processes of an engine last wrote, by PID. A file that makes no sense is left out."""
+    """What the processes of an engine last wrote, by PID. A file that makes no sense is left out. Raises OSError."""
     beats = {}
     try:
         files = [entry for entry in os.scandir(folder) if entry.name.endswith(SUFFIX)]
     except FileNotFoundError:
         return {}
     for entry in files:
-        data = Path(entry).read_bytes()
+        try:
+            data = Path(entry).read_bytes()
+        except FileNotFoundError:
+            continue
         if len(data) != SIZE:
             continue
         words = struct.unpack_from(f"={len(_WORDS)}Q", data)

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Protocol
 
-from tandem.core.heartbeat import Limits, ProgressWatch, Seen
+from tandem.core.heartbeat import Beat, Doing, Limits, ProgressWatch, Seen
 from tandem.engine.heartbeat import read_beats
+from tandem.fleet import process_files
 
-_WORKER_TITLE = b"sglang::"
-"""Title of the processes that SGLang cannot do without (scheduler, detokenizer, DP controller)."""
+_SCHEDULER = b"sglang::scheduler"
+"""How the titles of those begin that have to show their progress."""
+_BLIND_LOOKS = 5
+"""Looks in a row that must fail until an engine counts as unwatched; one may, for want of a file handle."""
 _TAIL_LINES, _LINE_CHARS, _TAIL_BYTES = 2, 160, 8192
+
+_log = logging.getLogger(__name__)
 
 
 class Tree(Protocol):
@@ -24,6 +30,32 @@ class Tree(Protocol):
         """PIDs, the main process first."""
 
 
+class EngineWatch:
+    """Everything that is looked at every second from when an engine is ready."""
+
+    def __init__(self, engine: Tree, folder: Path, limits: Limits) -> None:
+        """`folder`: where the engine's processes write their progress. Nothing is read before the first look."""
+        self._engine = engine
+        self._processes: HealthCheck | None = None
+        self._progress = ProgressCheck(folder, limits)
+        self._blind = 0
+
+    def ailment(self, now: float) -> str:
+        """What is wrong at `now` (seconds), in one sentence without a subject; empty = nothing."""
+        try:
+            if self._processes is None:
+                self._processes = HealthCheck(self._engine)
+            found = self._processes.ailment() or self._progress.ailment(now, self._processes.schedulers)
+        except OSError as error:
+            self._blind += 1
+            if self._blind < _BLIND_LOOKS:
+                _log.warning("the processes of an engine cannot be looked at just now: %s", error)
+                return ""
+            return f"is not watched any more: {self._blind} looks at its processes in a row failed: {error}"
+        self._blind = 0
+        return found
+
+
 class HealthCheck:
     """Looks whether the processes that an engine had when it became ready are still there and run.
 
@@ -31,15 +63,19 @@ class HealthCheck:
     """
 
     def __init__(self, engine: Tree) -> None:
+        """Raises OSError."""
         main, *children = engine.tree()
-        self._pids = [main, *(pid for pid in children if _title(pid).startswith(_WORKER_TITLE))]
+        workers = {pid: title for pid in children if (title := process_files.worker_title(pid))}
+        self._pids = [main, *workers]
+        self.schedulers = [pid for pid, title in workers.items() if title.startswith(_SCHEDULER)]
+        """PIDs of those that have to show progress."""
         self._stopped: set[int] = set()
 
     def ailment(self) -> str:
-        """What is wrong, in one sentence without a subject; empty = nothing."""
+        """What is wrong, in one sentence without a subject; empty = nothing. Raises OSError."""
         stopped = set()
         for pid in self._pids:
-            state = _state(pid)
+            state = process_files.state(pid)
             if state in ("", "Z", "X"):
                 return f"lost its process {pid}"
             if state in ("T", "t"):
@@ -60,13 +96,31 @@ class ProgressCheck:
         """`folder`: where the engine's processes write."""
         self._folder = folder
         self._watch = ProgressWatch(limits)
+        self._moves: dict[int, int] = {}
 
-    def ailment(self, now: float) -> str:
-        """What is wrong at `now` (seconds), in one sentence without a subject; empty = nothing."""
+    def ailment(self, now: float, expected: Collection[int] = ()) -> str:
+        """What is wrong at `now` (seconds), in one sentence without a subject; empty = nothing. Raises OSError.
+
+        `expected`: PIDs of the processes that have to write.
+        """
         beats = read_beats(self._folder)
-        times = {pid: _cpu_ticks(pid) for pid in beats}
-        seen = {pid: Seen(beat, ticks) for pid, beat in beats.items() if (ticks := times[pid]) is not None}
-        return self._watch.look(now, seen)
+        times = {pid: process_files.cpu_ticks(pid) for pid in beats}
+        seen = {
+            pid: Seen(beat, ticks, self._helpers_s(pid, beat))
+            for pid, beat in beats.items()
+            if (ticks := times[pid]) is not None
+        }
+        self._moves = {pid: beat.moves for pid, beat in beats.items()}
+        return self._watch.look(now, seen, expected)
+
+    def _helpers_s(self, pid: int, beat: Beat) -> float | None:
+        """As in `Seen`; only for a process that stands still, for it takes a file per thread."""
+        if beat.doing is Doing.WAITING or self._moves.get(pid) != beat.moves:
+            return None
+        try:
+            return process_files.helpers_s(pid)
+        except OSError:  # it can only be a reason for patience
+            return None
 
 
 async def gone(pids: Iterable[int], deadline: float) -> None:
@@ -134,30 +188,3 @@ async def _ended(handle: int) -> None:
     finally:
         loop.remove_reader(handle)
         os.close(handle)
-
-
-def _title(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
-
-
-def _state(pid: int) -> str:
-    """The kernel's one-letter state of a process; empty if it is not there."""
-    columns = _stat(pid)
-    return columns[0] if columns else ""
-
-
-def _cpu_ticks(pid: int) -> int | None:
-    """CPU time that all threads of a process have used; None if it is not there."""
-    columns = _stat(pid)
-    return int(columns[11]) + int(columns[12]) if columns else None
-
-
-def _stat(pid: int) -> list[str]:
-    """What follows a process's name in `/proc/<pid>/stat` (proc(5): from its state on); empty if it is not there."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []

@@ -211,7 +211,7 @@ class Host:
             logs=str(self._folder.logs),
             scratch=str(self._scratch),
             nursery=str(nursery) if nursery else "",
-            limits=Limits.within(config.timeouts.hang_s),
+            limits=Limits.within(config.timeouts.hang_s, config.device),
         )
         settings = ControllerSettings(
             fleet=self._fleet_record(),

@@ -22,7 +22,7 @@ from tandem.engine.http1 import HttpFailure, Pool
 from tandem.engine.launch import RankEndpoints
 from tandem.engine.supervisor import EngineCommand, EngineProcess, StartError
 from tandem.fleet.bound import die_with_parent
-from tandem.fleet.engine_health import HealthCheck, ProgressCheck, gone, log_tail, read_counters, serve_counters
+from tandem.fleet.engine_health import EngineWatch, gone, log_tail, read_counters, serve_counters
 from tandem.fleet.ports import PortBlock, interface_of
 
 HTTP, DIST, KV_EVENTS = 0, 2, 32
@@ -244,12 +244,12 @@ class RankActor:
         else:
             await self._die(f"does not own port {endpoints.http_port}: another process answers there")
             return
-        processes, progress = HealthCheck(process), ProgressCheck(self._beats, self._settings.limits)
+        watch = EngineWatch(process, self._beats, self._settings.limits)
         while True:
-            await asyncio.sleep(_HEALTH_S)
-            if ill := processes.ailment() or progress.ailment(asyncio.get_running_loop().time()):
+            if ill := watch.ailment(asyncio.get_running_loop().time()):
                 await self._die(ill)
                 return
+            await asyncio.sleep(_HEALTH_S)
 
     async def _answers(self, process: EngineProcess, endpoints: RankEndpoints) -> bool:
         """Ask until something answers well; return whether it is this engine."""

@@ -10,12 +10,20 @@ from hypothesis import strategies as st
 
 from tandem.core.heartbeat import LONGEST_STEP_S, Beat, Doing, Limits, ProgressWatch, Seen
 
-LIMITS = Limits(hang_s=10, blocked_s=6, patient_s=300)
+LIMITS = Limits(hang_s=10, blocked_s=6, patient_s=300, mute_s=30)
 Look = tuple[float, dict[int, Seen]]
 
 
-def seen(moves: int, cpu: int = 0, doing: Doing = Doing.FORWARD, *, patient: bool = False, who: str = "one") -> Seen:
-    return Seen(Beat(who=who, moves=moves, doing=doing, patient=patient), cpu)
+def seen(
+    moves: int,
+    cpu: int = 0,
+    doing: Doing = Doing.FORWARD,
+    *,
+    patient: bool = False,
+    who: str = "one",
+    helpers_s: float | None = None,
+) -> Seen:
+    return Seen(Beat(who=who, moves=moves, doing=doing, patient=patient), cpu, helpers_s)
 
 
 def verdict(looks: Iterable[Look]) -> tuple[float, str] | None:
@@ -76,6 +84,67 @@ def test_a_process_that_has_gone_is_forgotten() -> None:
         assert watch.look(now, {1: seen(7)}) == ""
     assert watch.look(5, {}) == ""
     assert watch.look(6, {1: seen(7)}) == ""
+
+
+def compiling(seconds: int, core: float = 1.0) -> list[Look]:
+    """A scheduler whose compiler uses this share of a core for so long, and another that waits for it."""
+    return [(float(now), {1: seen(7, helpers_s=core * min(now, seconds)), 2: seen(3, who="two")}) for now in range(400)]
+
+
+def test_while_a_compiler_that_it_has_started_is_busy_an_engine_has_minutes() -> None:
+    assert verdict(compiling(400)) == (
+        300.0,
+        "hangs: its two has made no progress for 300 s (blocked in a forward pass)",
+    )
+
+
+def test_once_the_compiler_has_gone_everybody_has_the_usual_time() -> None:
+    found = verdict(compiling(100))
+    assert found is not None
+    assert found[0] == 106.0
+
+
+def test_a_helper_that_does_next_to_nothing_is_no_compiler() -> None:
+    found = verdict(compiling(400, core=0.02))
+    assert found is not None
+    assert found[0] == 6.0
+
+
+def test_a_compiler_of_a_process_that_gets_on_excuses_nobody() -> None:
+    looks = [(float(now), {1: seen(now, helpers_s=float(now)), 2: seen(3)}) for now in range(20)]
+    found = verdict(looks)
+    assert found is not None
+    assert found[0] == 6.0
+
+
+def test_who_waits_for_a_process_that_loads_weights_has_minutes_too() -> None:
+    loads = seen(7, doing=Doing.CONTROL, patient=True)
+    found = verdict((float(now), {1: loads, 2: seen(3)}) for now in range(400))
+    assert found is not None
+    assert found[0] == 300.0
+
+
+def test_a_process_that_has_to_write_and_never_does_is_found() -> None:
+    watch = ProgressWatch(LIMITS)
+    said = [watch.look(float(now), {1: seen(now)}, expected=(1, 2)) for now in range(31)]
+    assert said[:30] == [""] * 30
+    assert said[30].startswith(
+        "is not watched: its scheduler process 2 has shown no progress at all for 30 s; it hangs"
+    )
+
+
+def test_one_that_begins_to_write_in_time_is_not() -> None:
+    watch = ProgressWatch(LIMITS)
+    said = [watch.look(float(now), {2: seen(now)} if now > 25 else {}, expected=(2,)) for now in range(100)]
+    assert set(said) == {""}
+
+
+@pytest.mark.parametrize(
+    ("given", "device", "hang_s"), [(None, "cpu", 10.0), (None, "cuda", 60.0), (30.0, "cuda", 30.0)]
+)
+def test_the_usual_limit_is_the_devices(given: float | None, device: str, hang_s: float) -> None:
+    limits = Limits.within(given, device)
+    assert (limits.hang_s, limits.blocked_s) == (hang_s, 0.6 * hang_s)
 
 
 @pytest.mark.parametrize("doing", set(Doing) - {Doing.WAITING})

@@ -63,6 +63,30 @@ def test_on_a_gpu_there_is_patience_until_the_first_forward_pass_is_over(tmp_pat
     assert patience(tmp_path, pulse, 4) == [True, True, False, False]
 
 
+def test_a_control_request_before_the_first_forward_pass_does_not_end_the_patience(tmp_path: Path) -> None:
+    pulse = Pulse(tmp_path, "one", patient=True)
+    pulse.control()
+    assert patience(tmp_path, pulse, 5) == [True] * 5
+
+
+def test_a_slow_part_of_a_forward_pass_has_patience_and_then_the_pass_goes_on(tmp_path: Path) -> None:
+    pulse = Pulse(tmp_path, "one")
+    pulse.turn()
+    pulse.forward()
+    with pulse.slowly():
+        within = beat(tmp_path)
+    assert (within.doing, within.patient, beat(tmp_path).doing) == (Doing.CONTROL, True, Doing.FORWARD)
+    assert patience(tmp_path, pulse, 4) == [True, True, False, False]
+
+
+def test_a_slow_part_that_fails_ends_too(tmp_path: Path) -> None:
+    pulse = Pulse(tmp_path, "one")
+    pulse.forward()
+    with pytest.raises(RuntimeError), pulse.slowly():
+        raise RuntimeError("nvcc failed")
+    assert beat(tmp_path).doing is Doing.FORWARD
+
+
 def test_without_a_folder_nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(heartbeat.FOLDER, raising=False)
     assert open_pulse("one") is None

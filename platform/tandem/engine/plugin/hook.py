@@ -13,6 +13,8 @@ class Hook(NamedTuple):
     function: Callable[..., Any]
     how: str
     """`before`, `around` or `after`, as in `sglang.srt.plugins.hook_registry.HookType`."""
+    needed: bool = True
+    """Whether the engine must not start without it."""
 
 
 def register(hooks: Iterable[Hook]) -> None:
@@ -24,7 +26,7 @@ def register(hooks: Iterable[Hook]) -> None:
 
 
 def missing(hooks: Iterable[Hook]) -> list[str]:
-    """Targets of hooks that did not take in this process."""
+    """Targets of needed hooks that did not take in this process. Of others, SGLang's log tells."""
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    return sorted({hook.target for hook in hooks} - HookRegistry._patched)
+    return sorted({hook.target for hook in hooks if hook.needed} - HookRegistry._patched)

@@ -10,10 +10,12 @@ import os
 from collections.abc import Callable
 from importlib import metadata
 
-from tandem.engine.plugin import grammars, hook, penalties, progress, reap
+from tandem.engine.plugin import bootstrap, compiling, grammars, hook, penalties, progress, reap
 from tandem.engine.plugin.hook import Hook
 
 SWITCH = "TANDEM_ENGINE"
+CPU_SWITCH = "TANDEM_CPU_ENGINE"
+"""Also set for a CPU engine (`engine/cpu/plugin.py`): it compiles nothing, and need not import what does."""
 KNOWN_SGLANG = "0.5.23"
 
 
@@ -27,11 +29,17 @@ def active() -> bool:
 
 
 def hooks() -> tuple[Hook, ...]:
+    """Every hook of this engine, but for those of the CPU engine."""
+    return everywhere() if os.environ.get(CPU_SWITCH) == "1" else (*everywhere(), *compiling.hooks())
+
+
+def everywhere() -> tuple[Hook, ...]:
     """Every hook for all devices."""
     managers = "sglang.srt.managers"
     scheduler = f"{managers}.scheduler.Scheduler"
     detokenizer = f"{managers}.detokenizer_manager.DetokenizerManager"
     tokenizer = f"{managers}.tokenizer_manager.TokenizerManager"
+    disaggregation = "sglang.srt.disaggregation"
     grammar = "sglang.srt.constrained.grammar_manager.GrammarManager"
     return (
         Hook(
@@ -44,10 +52,19 @@ def hooks() -> tuple[Hook, ...]:
         Hook(f"{tokenizer}.abort_request", reap.abort_by_prefix, "around"),
         Hook(f"{tokenizer}.auto_create_handle_loop", progress.serving, "after"),
         Hook(f"{scheduler}.ingest_requests", progress.turn, "before"),
+        Hook(f"{scheduler}.ingest_requests", bootstrap.turn, "before"),
         Hook(f"{scheduler}.process_input_requests", progress.control, "before"),
         Hook(f"{scheduler}.run_batch", progress.forward, "before"),
         Hook(f"{scheduler}.run_batch", progress.forwarded, "after"),
         Hook(f"{scheduler}.on_idle", progress.idle, "before"),
+        Hook(f"{disaggregation}.decode.DecodePreallocQueue._ensure_prefill_info", bootstrap.ensure, "around"),
+        Hook(f"{disaggregation}.common.conn.CommonKVManager.try_ensure_parallel_info", bootstrap.try_ensure, "around"),
+        Hook(
+            f"{disaggregation}.common.conn.CommonKVReceiver._get_bootstrap_info_from_server",
+            bootstrap.fetch,
+            "around",
+        ),
+        Hook(f"{disaggregation}.common.conn._get_bootstrap_session", bootstrap.hasten, "after"),
         Hook(f"{detokenizer}.__init__", progress.detokenizer_starts, "after"),
         Hook(f"{detokenizer}.handle_batch_token_id_out", progress.detokenizing, "before"),
         Hook(f"{detokenizer}.handle_batch_token_id_out", progress.detokenized, "after"),

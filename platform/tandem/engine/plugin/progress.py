@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from tandem.core.heartbeat import Doing
@@ -80,6 +81,11 @@ def layer(self: Any, *args: Any, **kwargs: Any) -> None:
     """Before `DeepseekV2DecoderLayer.forward`, on a CPU: there, 2,048 tokens of prefill take seconds."""
     if _scheduler is not None:
         _scheduler.layer()
+
+
+def slowly() -> AbstractContextManager[None]:
+    """Around a part of this process's turn that may take minutes."""
+    return _scheduler.slowly() if _scheduler is not None else nullcontext()
 
 
 def idle(self: Any, *args: Any, **kwargs: Any) -> None:
