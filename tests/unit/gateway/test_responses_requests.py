@@ -110,6 +110,7 @@ def test_what_changes_nothing_is_accepted() -> None:
         ({"input": []}, "input", "at least one item"),
         ({"input": [{"type": "reasoning", "summary": []}]}, "input", "nothing to answer"),
         ({"input": 5}, "input", "expected a string or an array of items"),
+        ({"input": [{"type": False, "role": "user", "content": ""}]}, "input[0].type", "items of type False"),
         ({"input": [{"id": "msg_1"}]}, "input[0].type", "keeps no responses"),
         ({"input": [{"type": "computer_call"}]}, "input[0].type", "not known"),
         ({"input": [{"role": "robot", "content": "x"}]}, "input[0].role", "must be one of"),

@@ -40,7 +40,9 @@ def _add(messages: Placed, where: str, item: Any) -> None:
     if not isinstance(item, dict):
         raise wrong_type(where, "an object", item)
     # A message may be written without its type; so may a reference, which has nothing but an id.
-    kind = item.get("type") or ("message" if "role" in item else "item_reference")
+    kind = item.get("type")
+    if kind is None:
+        kind = "message" if "role" in item else "item_reference"
     if kind == "message":
         messages.append((where, _message(where, item)))
     elif kind == "function_call":
