@@ -109,6 +109,11 @@ def test_top_p_zero_means_the_likeliest_token() -> None:
         ({"response_format": {}}, "response_format.type", "invalid_type"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "invalid_type"),
         (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "description": []}}},
+            "response_format.json_schema.description",
+            "invalid_type",
+        ),
+        (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "a b", "schema": {}}}},
             "response_format.json_schema.name",
             "invalid_value",

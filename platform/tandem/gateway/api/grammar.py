@@ -88,6 +88,8 @@ def _response_format(wanted: Mapping[str, Any]) -> Format | None:
     name = text(f"{param}.name", given.get("name"))
     if not NAME.fullmatch(name):
         raise bad_value(f"{param}.name", f"'{param}.name' must have 1 to 64 of a-z, A-Z, 0-9, _ and -.")
+    if given.get("description") is not None:
+        text(f"{param}.description", given["description"])
     flag(given, "strict", where=f"{param}.")
     schema = given.get("schema")
     schema = {"type": "object"} if schema is None else checked_schema(f"{param}.schema", schema)
