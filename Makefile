@@ -48,13 +48,13 @@ chaos: dev
 	PYTHONPATH=tests $(BIN)/python -m chaos --faults $(FAULTS) --seed $(SEED) --json bench-results/chaos.json
 
 lint: dev
-	$(BIN)/ruff format --check platform tests
-	$(BIN)/ruff check platform tests
+	$(BIN)/ruff format --check platform operators tests
+	$(BIN)/ruff check platform operators tests
 	$(BIN)/mypy
 
 format: dev
-	$(BIN)/ruff format platform tests
-	$(BIN)/ruff check --fix platform tests
+	$(BIN)/ruff format platform operators tests
+	$(BIN)/ruff check --fix platform operators tests
 
 install: $(VENV)/.installed
 dev: $(VENV)/.installed-dev
@@ -81,8 +81,8 @@ $(VENV)/.installed: pyproject.toml $(wildcard proto/tandem/v1/*.proto) $(VENV)/.
 	$(PIP) --no-deps --editable .
 	touch $@
 
-$(VENV)/.installed-dev: requirements/dev.txt $(VENV)/.installed
-	$(PIP) -c requirements/torch-cpu.txt -r requirements/dev.txt
+$(VENV)/.installed-dev: requirements/dev.txt requirements/operator.txt $(VENV)/.installed
+	$(PIP) -c requirements/torch-cpu.txt -r requirements/dev.txt -r requirements/operator.txt
 	touch $@
 
 # Other people's clients, and other people's gateways, in environments of their own.

@@ -12,21 +12,37 @@ from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic.alias_generators import to_camel
 
 Seconds = Annotated[float, Field(gt=0)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Limit = Annotated[int, Field(ge=1)]
 Dollars = Annotated[Decimal, Field(ge=0, decimal_places=6)]
 TenantName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9_.]{0,61}[a-z0-9])?$")]
+TimeOfDay = Annotated[str, Field(pattern=r"^([01][0-9]|2[0-3]):[0-5][0-9]$")]
 CertificateSubject = Annotated[str, Field(pattern=r"^(CN|DNS|URI|email):.+$")]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+def kubernetes_name(field: str) -> str:
+    """A field's name in a Kubernetes resource: ttft_s is ttftSeconds there, gpus_per_node gpusPerNode."""
+    return to_camel(f"{field}econds" if field.endswith("_s") else field)
 
 
-class ModelConfig(_Section):
+class Section(BaseModel):
+    """A part of a configuration. In Kubernetes its fields have other names (`kubernetes_name`); both are read."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        alias_generator=kubernetes_name,
+        validate_by_name=True,
+        validate_by_alias=True,
+        loc_by_alias=False,
+    )
+
+
+class ModelConfig(Section):
     """What is served."""
 
     path: Path | None = Field(
@@ -39,7 +55,58 @@ class ModelConfig(_Section):
     version: str = Field("1", description="Weight version that answers carry.")
 
 
-class PoolConfig(_Section):
+class ScheduleConfig(Section):
+    """Groups that a pool has at least at some times of the week, in UTC; a window may pass midnight."""
+
+    days: tuple[Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"], ...] = Field(
+        ("mon", "tue", "wed", "thu", "fri", "sat", "sun"), min_length=1, description="Days on which it begins."
+    )
+    begin: TimeOfDay = Field(description="HH:MM.")
+    end: TimeOfDay = Field(description="HH:MM; not after begin = on the next day.")
+    min_groups: int = Field(ge=0, le=1024)
+
+
+class AutoscalingConfig(Section):
+    """How the number of a pool's groups follows its load (docs/planning.md)."""
+
+    min_groups: int = Field(1, ge=0, le=1024, description="0 = none while nobody asks.")
+    max_groups: int = Field(4, ge=1, le=1024)
+    ttft_s: Seconds | None = Field(None, description="Time to first token to keep (prefill); none = routing.ttft_s.")
+    itl_s: Seconds | None = Field(None, description="Time between tokens to keep (decode); none = routing.itl_s.")
+    percentile: float = Field(0.95, ge=0.5, le=0.999, description="Share of requests that should keep it.")
+    target_use: float = Field(
+        0.75, gt=0, lt=1, description="Share of its capacity that a group should be used to: load, queue and KV cache."
+    )
+    up_cooldown_s: float = Field(15, ge=0, description="After a change, until groups may be added.")
+    down_cooldown_s: float = Field(300, ge=0, description="After a change, until groups may be removed.")
+    idle_s: float = Field(600, ge=0, description="With min_groups 0: no request for so long, and the last group goes.")
+    manual_hold_s: float = Field(
+        900, ge=0, description="After somebody has scaled by hand, their number stands so long."
+    )
+    schedule: tuple[ScheduleConfig, ...] = ()
+
+    @model_validator(mode="after")
+    def _ordered(self) -> AutoscalingConfig:
+        if self.min_groups > self.max_groups:
+            raise ValueError(f"min_groups ({self.min_groups}) is above max_groups ({self.max_groups})")
+        for window in self.schedule:
+            if window.min_groups > self.max_groups:
+                raise ValueError(
+                    f"a schedule asks for {window.min_groups} groups, above max_groups ({self.max_groups})"
+                )
+        return self
+
+
+class PlanningConfig(Section):
+    """What the pools' autoscaling has in common."""
+
+    gpu_budget: int | None = Field(None, ge=1, description="GPUs that both pools may use together; none = no limit.")
+    tick_s: float = Field(2.0, ge=0.5, le=60, description="How often it looks at the load.")
+    fast_window_s: float = Field(10, ge=1, le=600, description="The reactive loop looks back so far.")
+    slow_window_s: float = Field(120, ge=10, le=7200, description="The rate-based loop looks back so far.")
+
+
+class PoolConfig(Section):
     """The groups of one role. A group is `nodes` engine processes with one copy of the model, expert parallel."""
 
     groups: int = Field(1, ge=0, le=1024, description="Number of groups.")
@@ -53,9 +120,10 @@ class PoolConfig(_Section):
     )
     args: tuple[str, ...] = Field((), description="Further SGLang flags, appended to Tandem's own.")
     env: dict[str, str] = Field(default_factory=dict, description="Further environment of the engine.")
+    autoscaling: AutoscalingConfig | None = Field(None, description="None = as many groups as somebody says.")
 
 
-class TlsConfig(_Section):
+class TlsConfig(Section):
     """Certificates of the gateway, in PEM files. A file that changes is read again, without a restart."""
 
     certificate: Path = Field(description="The gateway's certificate, followed by those that lead to its CA.")
@@ -69,12 +137,9 @@ class TlsConfig(_Section):
     min_version: Literal["1.2", "1.3"] = Field("1.2", description="Of HTTP; gRPC takes 1.2 and 1.3.")
 
 
-class GatewayConfig(_Section):
-    """Where clients connect."""
+class GatewayLimits(Section):
+    """What a gateway bears, wherever it listens."""
 
-    host: str = "127.0.0.1"
-    port: Port = Field(8000, description="HTTP port; 0 = any free port.")
-    grpc_port: Port = Field(9001, description="gRPC port; 0 = any free port.")
     replicas: int = Field(1, ge=1, le=256)
     request_timeout_s: Seconds = Field(600, description="A request ends with an error after this.")
     first_token_timeout_s: Seconds = Field(120, description="A pair that has produced nothing by then is given up.")
@@ -86,6 +151,14 @@ class GatewayConfig(_Section):
         0.05, ge=0, description="How long a stream's first tokens may wait for prefill's word that the KV is good."
     )
     max_body_bytes: int = Field(16 * 2**20, ge=1024)
+
+
+class GatewayConfig(GatewayLimits):
+    """Where clients connect."""
+
+    host: str = "127.0.0.1"
+    port: Port = Field(8000, description="HTTP port; 0 = any free port.")
+    grpc_port: Port = Field(9001, description="gRPC port; 0 = any free port.")
     auth: Literal["auto", "required", "off"] = Field(
         "auto", description="Whether every request needs a key, token or certificate; auto = unless host is loopback."
     )
@@ -97,14 +170,14 @@ class GatewayConfig(_Section):
         return self.auth == "required" or (self.auth == "auto" and not is_loopback(self.host))
 
 
-class ControlConfig(_Section):
+class ControlConfig(Section):
     """Where `tandem.v1.FleetControl` (gRPC) listens."""
 
     host: str = "127.0.0.1"
     port: Port = Field(9000, description="gRPC port; 0 = any free port.")
 
 
-class StateConfig(_Section):
+class StateConfig(Section):
     """Where shared state lives."""
 
     url: str = Field("embedded", description='"embedded" (a file beside the logs) or redis://host:port/db.')
@@ -117,14 +190,14 @@ class StateConfig(_Section):
         raise ValueError('must be "embedded" or a redis:// URL')
 
 
-class RayConfig(_Section):
+class RayConfig(Section):
     """The Ray cluster that places the ranks."""
 
     address: str | None = Field(None, description="Address of a running Ray cluster; none = start one on this machine.")
     namespace: str | None = Field(None, description="Ray namespace; none = tandem-<fleet name>.")
 
 
-class TimeoutConfig(_Section):
+class TimeoutConfig(Section):
     """Deadlines of the fleet's own work."""
 
     group_start_s: Seconds = Field(300, description="A group that is not ready by then is restarted.")
@@ -143,7 +216,7 @@ class TimeoutConfig(_Section):
     stop_s: Seconds = Field(10, description="Grace between SIGTERM and SIGKILL.")
 
 
-class TenantConfig(_Section):
+class TenantConfig(Section):
     """What one tenant may use. A limit that is not given does not exist; limits hold over all gateway replicas."""
 
     priority: Literal["high", "normal", "low"] = Field(
@@ -161,7 +234,7 @@ class TenantConfig(_Section):
     )
 
 
-class OidcConfig(_Section):
+class OidcConfig(Section):
     """The issuer whose JWTs are taken in place of API keys."""
 
     issuer: str = Field(description="URL; the `iss` of its tokens, letter by letter.")
@@ -191,7 +264,7 @@ class OidcConfig(_Section):
         raise ValueError("must be an https:// URL (http:// only on loopback): whoever can change the keys is anybody")
 
 
-class RoutingConfig(_Section):
+class RoutingConfig(Section):
     """What routing aims at (docs/routing.md)."""
 
     ttft_s: Seconds = Field(2.0, description="Time to first token that a pair should keep.")
@@ -199,7 +272,7 @@ class RoutingConfig(_Section):
     index_bytes: int = Field(128 * 2**20, ge=2**20, description="Memory of the prefix index of a gateway replica.")
 
 
-class AdmissionConfig(_Section):
+class AdmissionConfig(Section):
     """How many requests run at once, and how long others wait (docs/access.md)."""
 
     running_per_decode_rank: int = Field(
@@ -212,7 +285,7 @@ class AdmissionConfig(_Section):
     max_waiting: int = Field(4096, ge=0, description="Requests that may wait on one gateway replica.")
 
 
-class IdempotencyConfig(_Section):
+class IdempotencyConfig(Section):
     """Answers to requests with an `Idempotency-Key` (docs/gateway-death.md)."""
 
     keep_s: Seconds = Field(600, description="A complete answer is given again for so long.")
@@ -223,7 +296,7 @@ class IdempotencyConfig(_Section):
     total_bytes: int = Field(256 * 2**20, ge=2**16, description="Kept in all; then the oldest go.")
 
 
-class PriceConfig(_Section):
+class PriceConfig(Section):
     """Dollars per million tokens."""
 
     hit: Dollars = Field(Decimal("0.14"), description="Prompt tokens that the prefix cache held.")
@@ -231,7 +304,7 @@ class PriceConfig(_Section):
     output: Dollars = Field(Decimal("2.19"), description="Tokens of answers, reasoning included.")
 
 
-class MeteringConfig(_Section):
+class MeteringConfig(Section):
     """Usage records: one for each request (docs/metering.md)."""
 
     sink: Literal["auto", "file", "redis", "off"] = Field("auto", description="auto = redis if the state is there.")
@@ -246,7 +319,7 @@ class MeteringConfig(_Section):
     gpu_hour_price: Dollars | None = Field(None, description="Dollars; for `tandem usage --gpu-hours`.")
 
 
-class ObservabilityConfig(_Section):
+class ObservabilityConfig(Section):
     """Traces and logs (docs/observability.md)."""
 
     otlp_endpoint: str | None = Field(None, description="Such as http://collector:4318/v1/traces; none = no traces.")
@@ -271,7 +344,7 @@ def is_safe_url(url: str) -> bool:
     return bool(host) and (parts.scheme == "https" or (parts.scheme == "http" and is_loopback(host)))
 
 
-class FleetConfig(_Section):
+class FleetConfig(Section):
     """A whole fleet."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,30}[a-z0-9])?$")] = "laptop"
@@ -279,6 +352,7 @@ class FleetConfig(_Section):
     model: ModelConfig = Field(default_factory=ModelConfig)
     prefill: PoolConfig = Field(default_factory=PoolConfig)
     decode: PoolConfig = Field(default_factory=PoolConfig)
+    planning: PlanningConfig = Field(default_factory=PlanningConfig)
     gateway: GatewayConfig = Field(default_factory=GatewayConfig)
     control: ControlConfig = Field(default_factory=ControlConfig)
     state: StateConfig = Field(default_factory=StateConfig)

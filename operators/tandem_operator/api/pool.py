@@ -1,0 +1,96 @@
+"""ExpertParallelPool and ExpertParallelGroup: whole groups of engine ranks."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from tandem.config import AutoscalingConfig, Section
+from tandem.core.types import Role
+from tandem_operator.api.pods import EnginePodOptions
+
+GroupId = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")]
+ObjectName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")]
+
+
+class Image(Section):
+    """A container image."""
+
+    name: str = Field(min_length=1, description="With tag or digest.")
+    pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = None
+    pull_secrets: tuple[str, ...] = Field((), description="Names of Secrets in the fleet's namespace.")
+
+
+class ModelVolume(Section):
+    """Where every pod finds the checkpoint. One of the two; neither = it is in the image, or the tiny model."""
+
+    claim: str | None = Field(None, description="PersistentVolumeClaim that many pods can read.")
+    host_path: str | None = Field(None, pattern=r"^/", description="Folder on every node.")
+
+    @model_validator(mode="after")
+    def _one(self) -> ModelVolume:
+        if self.claim is not None and self.host_path is not None:
+            raise ValueError("give claim or hostPath, not both")
+        return self
+
+
+class Rollout(Section):
+    """How a change of image, flags or pods goes through a pool: group by group."""
+
+    max_surge: int = Field(1, ge=0, le=64, description="Groups above the wanted number while it goes on.")
+    max_unavailable: int = Field(0, ge=0, le=64, description="Groups below it.")
+    canary_s: float = Field(30, ge=0, description="The first new group must serve well for so long before the others.")
+    progress_s: float = Field(1800, gt=0, description="A new group that is not ready by then stops the change.")
+    rollback: bool = Field(True, description="After a failed canary, go back to the last revision that served.")
+
+    @model_validator(mode="after")
+    def _moves(self) -> Rollout:
+        if self.max_surge == 0 and self.max_unavailable == 0:
+            raise ValueError("maxSurge and maxUnavailable cannot both be 0: no group could be replaced")
+        return self
+
+
+class EngineTemplate(Section):
+    """All that makes a revision: two groups with equal templates are alike."""
+
+    image: Image
+    device: Literal["cpu", "cuda"] = "cuda"
+    model_path: str | None = Field(None, description="Checkpoint folder in the pod; none = the tiny model.")
+    model_volume: ModelVolume = Field(default_factory=ModelVolume)
+    redundant_experts: int = Field(0, ge=0, le=1024)
+    max_total_tokens: int | None = Field(None, ge=256)
+    args: tuple[str, ...] = Field((), description="Further SGLang flags.")
+    env: dict[str, str] = Field(default_factory=dict, description="Further environment of the engine.")
+    kv_format: str = Field(
+        "", description="Groups of different ones are never paired; empty = made of image and KV flags."
+    )
+    pods: EnginePodOptions = Field(default_factory=EnginePodOptions)
+
+
+class PoolSpec(Section):
+    """Of an ExpertParallelPool: the groups of one role of a fleet."""
+
+    fleet: ObjectName = Field(description="The Fleet in the same namespace.")
+    role: Role
+    replicas: int = Field(1, ge=0, le=1024, description="Groups.")
+    nodes: int = Field(2, ge=1, le=64, description="Nodes (pods, ranks) per group.")
+    gpus_per_node: int = Field(8, ge=1, le=16)
+    paused: bool = Field(False, description="Neither scale by itself nor roll out changes.")
+    autoscaling: AutoscalingConfig | None = None
+    rollout: Rollout = Field(default_factory=Rollout)
+    template: EngineTemplate
+
+
+class GroupSpec(Section):
+    """Of an ExpertParallelGroup. The operator makes it; people read it."""
+
+    fleet: ObjectName
+    pool: ObjectName
+    role: Role
+    group: GroupId = Field(description="Its id in the fleet, such as decode-0.")
+    nodes: int = Field(ge=1, le=64)
+    gpus_per_node: int = Field(ge=1, le=16)
+    revision: str = Field(description="Hash of its template and shape.")
+    cordoned: bool = Field(False, description="No new pairs; what runs goes on.")
+    template: EngineTemplate
