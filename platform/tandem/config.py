@@ -63,14 +63,14 @@ class ScheduleConfig(Section):
     )
     begin: TimeOfDay = Field(description="HH:MM.")
     end: TimeOfDay = Field(description="HH:MM; not after begin = on the next day.")
-    min_groups: int = Field(ge=0, le=1024)
+    min_groups: int = Field(ge=0, le=1024, description="While it lasts.")
 
 
 class AutoscalingConfig(Section):
     """How the number of a pool's groups follows its load (docs/planning.md)."""
 
     min_groups: int = Field(1, ge=0, le=1024, description="0 = none while nobody asks.")
-    max_groups: int = Field(4, ge=1, le=1024)
+    max_groups: int = Field(4, ge=1, le=1024, description="Never more than that.")
     ttft_s: Seconds | None = Field(None, description="Time to first token to keep (prefill); none = routing.ttft_s.")
     itl_s: Seconds | None = Field(None, description="Time between tokens to keep (decode); none = routing.itl_s.")
     percentile: float = Field(0.95, ge=0.5, le=0.999, description="Share of requests that should keep it.")
@@ -83,7 +83,7 @@ class AutoscalingConfig(Section):
     manual_hold_s: float = Field(
         900, ge=0, description="After somebody has scaled by hand, their number stands so long."
     )
-    schedule: tuple[ScheduleConfig, ...] = ()
+    schedule: tuple[ScheduleConfig, ...] = Field((), max_length=64, description="Further lower bounds, by time.")
 
     @model_validator(mode="after")
     def _ordered(self) -> AutoscalingConfig:
@@ -140,7 +140,7 @@ class TlsConfig(Section):
 class GatewayLimits(Section):
     """What a gateway bears, wherever it listens."""
 
-    replicas: int = Field(1, ge=1, le=256)
+    replicas: int = Field(1, ge=1, le=256, description="Gateways that listen.")
     request_timeout_s: Seconds = Field(600, description="A request ends with an error after this.")
     first_token_timeout_s: Seconds = Field(120, description="A pair that has produced nothing by then is given up.")
     stall_timeout_s: Seconds = Field(15, description="A stream without a token for so long goes on with another pair.")
@@ -150,7 +150,7 @@ class GatewayLimits(Section):
     confirm_kv_s: float = Field(
         0.05, ge=0, description="How long a stream's first tokens may wait for prefill's word that the KV is good."
     )
-    max_body_bytes: int = Field(16 * 2**20, ge=1024)
+    max_body_bytes: int = Field(16 * 2**20, ge=1024, description="A larger request is refused.")
 
 
 class GatewayConfig(GatewayLimits):
@@ -195,6 +195,10 @@ class RayConfig(Section):
 
     address: str | None = Field(None, description="Address of a running Ray cluster; none = start one on this machine.")
     namespace: str | None = Field(None, description="Ray namespace; none = tandem-<fleet name>.")
+    group_resources: bool = Field(
+        False,
+        description="Nodes belong to groups and gateways (`tandem node join`): tandem-group-<id> and tandem-gateway.",
+    )
 
 
 class TimeoutConfig(Section):
@@ -223,9 +227,9 @@ class TenantConfig(Section):
         "normal", description="Highest class its requests may ask for, and theirs if they ask for none."
     )
     weight: float = Field(1.0, gt=0, le=1000, description="Share against other tenants of the same class.")
-    requests_per_minute: Limit | None = None
-    input_tokens_per_minute: Limit | None = None
-    output_tokens_per_minute: Limit | None = None
+    requests_per_minute: Limit | None = Field(None, description="Requests that may begin in a minute.")
+    input_tokens_per_minute: Limit | None = Field(None, description="Prompt tokens in a minute.")
+    output_tokens_per_minute: Limit | None = Field(None, description="Tokens of answers in a minute.")
     concurrency: Limit | None = Field(None, description="Requests that may wait or run at once.")
     models: tuple[str, ...] | None = Field(None, description="Names of the models it may use; none = every one.")
     subjects: tuple[str, ...] = Field((), description="`sub` of the JWTs that are this tenant's.")
@@ -325,7 +329,7 @@ class ObservabilityConfig(Section):
     otlp_endpoint: str | None = Field(None, description="Such as http://collector:4318/v1/traces; none = no traces.")
     sample_ratio: float = Field(1.0, ge=0, le=1, description="Share of requests that are traced.")
     follow_client: bool = Field(True, description="A client's own decision to trace comes first.")
-    log_format: Literal["json", "plain"] = "json"
+    log_format: Literal["json", "plain"] = Field("json", description="Of the log lines.")
     log_prompts: bool = Field(False, description="Prompts in the log: only where that is allowed.")
 
 

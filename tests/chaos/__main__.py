@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Of the order of the faults, and of what they hit.")] = 1,
     scenario: Annotated[list[str] | None, typer.Option(help="Only these; all faults are theirs.")] = None,
     kind: Annotated[str, typer.Option(help="Only faults whose kind has this in it.")] = "",
+    minutes: Annotated[float | None, typer.Option(help="After so many, no further fault begins.")] = None,
     json: Annotated[Path | None, typer.Option(help="Where the reports go.")] = None,
     keep: Annotated[Path | None, typer.Option(help="Where logs and usage records go.")] = None,
 ) -> None:
@@ -31,6 +33,7 @@ def main(
     chosen = [by_name(name) for name in scenario] if scenario else list(SCENARIOS)
     cache = Path(tempfile.gettempdir())
     reports: list[Report] = []
+    until = None if minutes is None else time.monotonic() + 60 * minutes
     for one, count in _counts(chosen, faults):
         with home() as folder, console.status(one.name) as status:
 
@@ -40,7 +43,7 @@ def main(
 
             few = tuple(fault for fault in one.faults if kind in fault.kind)
             wanted = msgspec.structs.replace(one, faults=few)
-            report = asyncio.run(play(wanted, count, seed, home=folder, cache=cache, keep=keep, show=show))
+            report = asyncio.run(play(wanted, count, seed, home=folder, cache=cache, keep=keep, show=show, until=until))
         reports.append(report)
         console.print(table(report))
         for line in report.wrong:

@@ -43,7 +43,9 @@ class Happening(msgspec.Struct, kw_only=True):
 async def hit_engine(
     stage: Stage, fault: HitEngine, rng: random.Random, happening: Happening, struck: Callable[[], None]
 ) -> None:
-    """Send the signal; return when the group is ready again."""
+    """Send the signal; return when the group is ready again. It counts as struck once that was noticed: what else is
+    done meanwhile must not be measured with it.
+    """
     watch = stage.watch
     group = await _one_at_work(stage, fault, rng)
     rank = group.ranks[0] if fault.rank == "leader" else rng.choice(group.ranks[1:])
@@ -54,10 +56,13 @@ async def hit_engine(
     if fault.how == "pause":
         async with stopped(victim.pid):
             await asyncio.sleep(fault.seconds)
-        await stage.whole()
+        await watch.until(f"{group.group} is ready", lambda: watch.ready(fault.role), WHOLE_S)
+        happening.back = time.monotonic() - happening.at
+        if watch.groups[group.group].epoch != group.epoch:
+            happening.noticed = happening.back
+            happening.reason = "restarted, though it was only slow"
         return
     os.kill(victim.pid, signal.SIGKILL if fault.how == "kill" else signal.SIGSTOP)
-    struck()
     try:
         seen = await _noticed(stage, group, happening.at)
         happening.noticed = seen.at - happening.at
@@ -66,6 +71,7 @@ async def hit_engine(
         happening.problem = f"nobody noticed: {error}"
         with contextlib.suppress(ProcessLookupError):
             os.kill(rank.pid, signal.SIGKILL)
+    struck()
     later = group.epoch + 1
     await watch.until(
         f"{group.group} is ready at epoch {later}",
@@ -87,6 +93,7 @@ async def _one_at_work(stage: Stage, fault: HitEngine, rng: random.Random) -> Gr
         while True:
             able = [group for group in stage.watch.of(fault.role) if fault.rank == "leader" or len(group.ranks) > 1]
             rng.shuffle(able)
+            able.sort(key=lambda group: stage.watch.failures(group.group))
             for group in able:
                 if await busy_lines(pool, group):
                     return group

@@ -162,6 +162,20 @@ class Drain(Fault, frozen=True, kw_only=True):
         return frozenset({self.role})
 
 
+class ScaleDown(Fault, frozen=True, kw_only=True):
+    """No fault: a pool is given one group less under traffic, then as many as before."""
+
+    role: Role
+
+    @property
+    def kind(self) -> str:
+        return f"scale down {self.role}"
+
+    @property
+    def takes(self) -> frozenset[Role]:
+        return frozenset({self.role})
+
+
 class Leave(Fault, frozen=True, kw_only=True):
     """Clients go away in the middle of their streams; the other traffic is held meanwhile."""
 

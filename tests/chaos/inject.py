@@ -29,12 +29,15 @@ from chaos.faults import (
     JumpClock,
     Leave,
     Orphan,
+    ScaleDown,
 )
-from chaos.stage import Stage
+from chaos.stage import WHOLE_S, Stage
 from chaos.traffic import Traffic
 from chaos.watch import NotInTime
+from tandem.cli import groups
 from tandem.core.types import GroupState, Role
 from tandem.fleet.control_client import ControlError
+from tandem.fleet.plan import pool_of
 from tandem.fleet.snapshot import read_snapshot
 from tandem.state import StoreError
 
@@ -59,7 +62,7 @@ async def carry_out(
     happening = Happening(kind=fault.kind, at=time.monotonic())
     try:
         await _do(stage, traffic, fault, rng, happening, struck)
-    except (NotInTime, ControlError, StoreError, TimeoutError) as error:
+    except (NotInTime, ControlError, StoreError, TimeoutError, OSError, psutil.Error) as error:
         happening.problem = str(error) or f"{type(error).__name__} after {time.monotonic() - happening.at:.0f} s"
     return happening
 
@@ -92,6 +95,8 @@ async def _do(
             stage.side.set_clock(0)
         case Drain(role=role):
             await _drain(stage, role, rng, happening, struck)
+        case ScaleDown(role=role):
+            await _scale_down(stage, role, happening, struck)
         case Leave(clients=clients):
             await _leave(stage, traffic, clients, happening)
         case Orphan():
@@ -152,7 +157,7 @@ async def _hit_controller(stage: Stage, fault: HitController, happening: Happeni
 async def _answers(stage: Stage) -> bool:
     try:
         async with stage.control() as control:
-            return bool(await control.load())
+            return bool((await control.load()).groups)
     except ControlError:
         return False
 
@@ -240,7 +245,7 @@ async def _hit_network(stage: Stage, fault: HitNetwork, rng: random.Random, happ
 
 async def _drain(stage: Stage, role: Role, rng: random.Random, happening: Happening, struck: Struck) -> None:
     watch = stage.watch
-    group = rng.choice(watch.of(role)).group
+    group = max(watch.of(role), key=lambda one: (watch.failures(one.group), rng.random())).group
     spec = watch.desired[group]
     happening.where = group
     happening.at = time.monotonic()
@@ -254,6 +259,41 @@ async def _drain(stage: Stage, role: Role, rng: random.Random, happening: Happen
         happening.reason = "gone"
         await control.put_group(spec)
     await watch.until(f"{group} is wanted again", lambda: group in watch.desired, 20)
+    await watch.until(f"{group} is ready again", lambda: watch.ready(role), WHOLE_S)
+    happening.back = time.monotonic() - happening.at
+
+
+async def _scale_down(stage: Stage, role: Role, happening: Happening, struck: Struck) -> None:
+    """As `tandem scale` does it; that picks the group."""
+    watch = stage.watch
+    before = {group.group for group in watch.of(role)}
+    happening.at = time.monotonic()
+    await _scale(stage, role, len(before) - 1)
+    await watch.until(
+        f"a {role} group drains",
+        lambda: any(name not in watch.desired or watch.desired[name].draining for name in before),
+        20,
+    )
+    struck()
+    (group,) = (name for name in before if name not in watch.desired or watch.desired[name].draining)
+    happening.where = group
+    await watch.until(
+        f"{group} is gone", lambda: group not in watch.groups and group not in watch.desired, stage.drain_s + 30
+    )
+    happening.noticed = time.monotonic() - happening.at
+    happening.reason = "gone"
+    await _scale(stage, role, len(before))
+    await watch.until(
+        f"{role} has {len(before)} groups again",
+        lambda: len(watch.of(role)) == len(before) and watch.ready(role),
+        WHOLE_S,
+    )
+    happening.back = time.monotonic() - happening.at
+
+
+async def _scale(stage: Stage, role: Role, number: int) -> None:
+    async with stage.control() as control:
+        await groups._scale(control, role, pool_of(stage.fleet.config, role), number)
 
 
 async def _leave(stage: Stage, traffic: Traffic, clients: int, happening: Happening) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import msgspec
 from rich.table import Table
@@ -15,6 +17,7 @@ from chaos.engine_faults import Happening
 from tandem.core.usage import UsageRecord
 
 _REASON = 70
+_PID = re.compile(r" \d{2,}")
 _ON_THE_WAY_S = 0.5
 """Tokens that had been produced before the fault may still come for so long."""
 
@@ -40,6 +43,12 @@ class Row(msgspec.Struct, kw_only=True):
     retries: int
     """Pairs beyond the first, of these streams."""
     migrations: int
+    next_after: list[float]
+    """Of streams that were moved and had a token before: how much of their longest wait came after the notice."""
+    first_after: list[float]
+    """The same of those that waited for their first token."""
+    first: list[float]
+    """How long these waited in all, from the fault or from their beginning on."""
 
 
 class Report(msgspec.Struct, kw_only=True):
@@ -67,15 +76,36 @@ def percentile(values: Sequence[float], share: float) -> float | None:
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
-def gap(outcome: Outcome, at: float, seconds: float) -> float | None:
-    """The longest wait for a token that a stream had within `seconds` of the fault; None if it did not run then."""
+class Wait(NamedTuple):
+    """What a stream waited for one token. Times are on the monotonic clock."""
+
+    began: float
+    """Not before the fault."""
+    ended: float
+    first: bool
+    """It was the first token."""
+
+    @property
+    def seconds(self) -> float:
+        return self.ended - self.began
+
+    def after(self, noticed: float) -> float:
+        """How much of it came after a moment."""
+        return max(0.0, self.ended - max(self.began, noticed))
+
+
+def longest(outcome: Outcome, at: float, seconds: float) -> Wait | None:
+    """The longest wait that a stream had within `seconds` of the fault; None if it did not run then."""
     over = at + seconds
     if not (outcome.began <= over and at < outcome.ended):
         return None
-    marks = [outcome.began, *outcome.times]
     last = over + _ON_THE_WAY_S
-    waits = [after - max(before, at) for before, after in itertools.pairwise(marks) if after > at and before < last]
-    return max(waits, default=None)
+    waits = [
+        Wait(max(before, at), after, number == 0)
+        for number, (before, after) in enumerate(itertools.pairwise([outcome.began, *outcome.times]))
+        if after > at and before < last
+    ]
+    return max(waits, key=lambda wait: wait.seconds, default=None)
 
 
 def rows(
@@ -88,6 +118,12 @@ def rows(
     return [_row(kind, found, done, records) for kind, found in sorted(kinds.items())]
 
 
+def noticed_by(found: Iterable[Happening]) -> str:
+    """The most common reason that the fleet gave, without process numbers; empty = none was given."""
+    reasons = Counter(_PID.sub("", one.reason.partition(";")[0])[:_REASON] for one in found if one.reason)
+    return reasons.most_common(1)[0][0] if reasons else ""
+
+
 def moved(done: Sequence[Outcome], records: Mapping[str, Sequence[UsageRecord]]) -> dict[str, int]:
     """How many requests took more than one pair, by recipe."""
     found = Counter(one.recipe for one in done if any(record.attempts > 1 for record in records.get(one.name, ())))
@@ -98,31 +134,34 @@ def _row(
     kind: str, found: list[Happening], done: Sequence[Outcome], records: Mapping[str, Sequence[UsageRecord]]
 ) -> Row:
     all_gaps, moved_gaps, retries, migrations = [], [], 0, 0
+    next_after, first_after, first = [], [], []
     for happening in found:
         for outcome in done:
             # Until it was noticed it may hit anybody; one that nobody notices does until it is over.
             lasts = happening.back if happening.noticed is None else happening.noticed
-            wait = gap(outcome, happening.at, lasts or 0.0)
+            wait = longest(outcome, happening.at, lasts or 0.0)
             if wait is None:
                 continue
-            all_gaps.append(wait)
+            all_gaps.append(wait.seconds)
             mine = records.get(outcome.name, ())
             more = sum(max(0, record.attempts - 1) for record in mine)
             moves = sum(record.migrations for record in mine)
             if more or moves or outcome.tries > 1:
-                moved_gaps.append(wait)
+                moved_gaps.append(wait.seconds)
                 retries += more
                 migrations += moves
+                if happening.noticed is not None:
+                    (first_after if wait.first else next_after).append(wait.after(happening.at + happening.noticed))
+                    first += [wait.seconds] if wait.first else []
     gaps = moved_gaps or all_gaps
     noticed = [one.noticed for one in found if one.noticed is not None]
     back = [one.back for one in found if one.back is not None]
-    reasons = Counter(one.reason.partition(";")[0][:_REASON] for one in found if one.reason)
     return Row(
         kind=kind,
         faults=len(found),
         noticed_p50=percentile(noticed, 0.5),
         noticed_max=max(noticed, default=None),
-        noticed_by=reasons.most_common(1)[0][0] if reasons else "",
+        noticed_by=noticed_by(found),
         back_p50=percentile(back, 0.5),
         back_max=max(back, default=None),
         streams=len(all_gaps),
@@ -132,6 +171,9 @@ def _row(
         gap_max=max(gaps, default=None),
         retries=retries,
         migrations=migrations,
+        next_after=next_after,
+        first_after=first_after,
+        first=first,
     )
 
 

@@ -28,7 +28,15 @@ _PROGRESS_S = 90.0
 
 
 async def play(
-    scenario: Scenario, count: int, seed: int, *, home: Path, cache: Path, keep: Path | None = None, show: Show = print
+    scenario: Scenario,
+    count: int,
+    seed: int,
+    *,
+    home: Path,
+    cache: Path,
+    keep: Path | None = None,
+    show: Show = print,
+    until: float | None = None,
 ) -> Report:
     """Play `count` faults.
 
@@ -36,6 +44,7 @@ async def play(
         home: for the fleet's files (`TANDEM_HOME`).
         cache: where the oracle's answers are kept.
         keep: where logs and usage records are copied to at the end; None = nowhere.
+        until: on the monotonic clock; no fault begins later. None = all do.
     """
     began, memory = time.monotonic(), shared_memory()
     async with contextlib.AsyncExitStack() as stack:
@@ -47,7 +56,7 @@ async def play(
         expected = Expected(stage.model, cache)
         references = await take_references(stage.fleet.base, stage.fleet.status_model, expected)
         play_ = _Play(scenario, stage, references, seed, show)
-        wrong = await play_.run(count)
+        wrong = await play_.run(count, until)
         found, ports = stage.fleet.processes(), stage.fleet.listening()
         records = checks.records(stage)
     if "nothing left" in scenario.checks:
@@ -79,13 +88,15 @@ class _Play:
         self._going: dict[asyncio.Task[Happening], Fault] = {}
         self._done = 0
 
-    async def run(self, count: int) -> list[str]:
-        """All faults, then all checks; returns what was wrong."""
-        self.traffic.start(self._scenario.clients)
+    async def run(self, count: int, until: float | None) -> list[str]:
+        """All faults for which there is time, then all checks; returns what was wrong."""
+        self.traffic.start(self._scenario.clients, self._scenario.pause_s)
         wrong: list[str] = []
         faults = self._scenario.draw(count, self._rng)
         try:
             for fault in faults:
+                if until is not None and time.monotonic() >= until:
+                    break
                 await self._room_for(fault)
                 await self.traffic.progress(self._rng.randint(*self._scenario.between), _PROGRESS_S)
                 await self._begin(fault, len(faults))

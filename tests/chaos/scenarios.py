@@ -24,6 +24,7 @@ from chaos.faults import (
     Orphan,
     Place,
     Process,
+    ScaleDown,
     Signal,
     WireHow,
 )
@@ -43,6 +44,8 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
     faults: tuple[Fault, ...]
     clients: int = 3
     """Of each gateway, each with one stream after the other."""
+    pause_s: float = 0.0
+    """The most that a client waits before it asks again."""
     between: tuple[int, int] = (20, 150)
     """Tokens that clients are given from one fault to the next: drawn between these."""
     overlap: bool = False
@@ -100,8 +103,13 @@ SCENARIOS: Sequence[Scenario] = (
     Scenario(
         name="engines",
         shape=Shape(name="chaos-engines", further=_MIXED),
-        faults=_ENGINE,
-        share=0.45,
+        # A group that fails again and again waits up to a minute before it starts again; one that was drained and
+        # made anew does not. So drains between the deaths keep the pace.
+        faults=(*_ENGINE, *(Drain(role=role) for role in Role for _ in range(3))),
+        overlap=True,
+        clients=2,
+        pause_s=1.0,
+        share=0.36,
     ),
     Scenario(
         name="front",
@@ -117,13 +125,19 @@ SCENARIOS: Sequence[Scenario] = (
             Leave(),
             Orphan(),
         ),
-        share=0.2,
+        clients=2,
+        pause_s=1.0,
+        share=0.26,
     ),
     Scenario(
         name="drains",
         shape=Shape(name="chaos-drains", groups=2, nodes=1, side=False),
-        faults=(Drain(role=PREFILL), Drain(role=DECODE)),
-        share=0.25,
+        faults=tuple(make(role=role) for make in (Drain, ScaleDown) for role in Role),
+        overlap=True,
+        # Engines that start are to have the processors, too: else a hundred drains take an hour.
+        pause_s=1.5,
+        between=(5, 50),
+        share=0.28,
     ),
     *(
         [
@@ -136,7 +150,7 @@ SCENARIOS: Sequence[Scenario] = (
                     HitRedis(how="empty"),
                     HitRedis(how="hang", seconds=8),
                 ),
-                share=0.05,
+                share=0.06,
             )
         ]
         if _HAS_REDIS
@@ -148,7 +162,7 @@ SCENARIOS: Sequence[Scenario] = (
                 name="network",
                 shape=Shape(name="chaos-network", groups=2, nodes=1, replicas=1, side=False, apart=True),
                 faults=(HitNetwork(how="drop"), HitNetwork(how="slow"), HitNetwork(how="drop", seconds=20)),
-                share=0.05,
+                share=0.04,
             )
         ]
         if os.geteuid() == 0 and shutil.which("nft") and shutil.which("tc")
@@ -183,6 +197,7 @@ SLICE = Scenario(
         *_DISK,
         Drain(role=PREFILL),
         Drain(role=DECODE),
+        ScaleDown(role=DECODE),
         Leave(),
         Orphan(),
     ),

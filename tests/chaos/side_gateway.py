@@ -25,6 +25,8 @@ from tandem.state import Store, StoreError, open_store
 
 START_S = 60.0
 _RETRY_S = 0.2
+_OTHERS = frozenset({"gateways", "incarnations", "leaving", "reaped"})
+"""Not copied: the fleet's own gateways. One without a lease would be a dead one, whose requests are aborted."""
 
 
 def fake_time() -> str | None:
@@ -137,7 +139,7 @@ class SideGateway:
 
     async def _take(self, key: str, value: bytes | None) -> None:
         folder, _, name = key.partition("/")
-        if folder == "gateways":
+        if folder in _OTHERS:
             return
         if value is None:
             await self._copy.delete(key)

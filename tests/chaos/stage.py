@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import shutil
 import socket
@@ -28,6 +29,8 @@ from tandem.fleet.run_folder import RunFolder, make_scratch
 from tandem.fleet.snapshot import DESIRED
 from tandem.models.tiny import ensure_tiny
 from tandem.state import open_store
+
+log = logging.getLogger(__name__)
 
 WHOLE_S = 150.0
 _TIMEOUTS = {"first_token_timeout_s": 15, "stall_timeout_s": 10, "request_timeout_s": 120}
@@ -77,6 +80,11 @@ class Stage:
         """Whether the side gateway's clock can be moved."""
         return self.side is not None and fake_time() is not None
 
+    @property
+    def drain_s(self) -> float:
+        """How long a scale-down may take to empty a group."""
+        return self.fleet.config.timeouts.drain_s
+
     def control(self) -> ControlClient:
         return ControlClient(self.watch.control, deadline=20)
 
@@ -116,8 +124,11 @@ async def staged(shape: Shape, folder: Path) -> AsyncIterator[Stage]:
             redis.start()
             stack.callback(redis.remove)
             config = config.model_copy(update={"state": StateConfig(url=redis.url)})
-        config = _shaped(config, shape, stack)
+        config, cluster = _shaped(config, shape, stack)
         disks = {what: stack.enter_context(small_disk(path)) for what, path in _disks(shape, folder).items()}
+        if cluster is not None:
+            # Raylets that end are replaced, as on a real cluster: one whose GCS was cut off is declared dead, and ends.
+            stack.callback(asyncio.create_task(_tend(cluster), name="tend").cancel)
         fleet = await asyncio.to_thread(Fleet, config)
         stack.push_async_callback(asyncio.to_thread, fleet.stop)
         store = await open_store(config.state.url, fleet=config.name, folder=fleet.folder.store)
@@ -136,13 +147,16 @@ async def staged(shape: Shape, folder: Path) -> AsyncIterator[Stage]:
         yield stage
 
 
-def _shaped(config: FleetConfig, shape: Shape, stack: contextlib.AsyncExitStack) -> FleetConfig:
+def _shaped(
+    config: FleetConfig, shape: Shape, stack: contextlib.AsyncExitStack
+) -> tuple[FleetConfig, LocalCluster | None]:
+    """The fleet's configuration, and the machines' cluster where each rank has a machine of its own."""
     pool = PoolConfig(groups=shape.groups, nodes=shape.nodes)
     update = {"prefill": pool, "decode": pool, "metering": MeteringConfig(sink="file")}
     # Replicas share one port, as they do in production: with port 0 each would have its own.
     gateway = {"port": _free_port(), "grpc_port": 0, "replicas": shape.replicas, **_TIMEOUTS}
     if not shape.apart:
-        return config.model_copy(update={**update, "gateway": GatewayConfig.model_validate(gateway)})
+        return config.model_copy(update={**update, "gateway": GatewayConfig.model_validate(gateway)}), None
     addresses = stack.enter_context(machines(2 * shape.groups * shape.nodes))
     places = [
         NodePlace(host=host, prefix=("ip", "netns", "exec", name(number))) for number, host in enumerate(addresses, 1)
@@ -158,7 +172,11 @@ def _shaped(config: FleetConfig, shape: Shape, stack: contextlib.AsyncExitStack)
             "control": ControlConfig(host=address(1), port=0),
             "ray": RayConfig(address=cluster.address),
         }
-    )
+    ), cluster
+
+
+async def _tend(cluster: LocalCluster) -> None:
+    log.error("the machines' cluster cannot go on: %s", await cluster.tend())
 
 
 def _free_port() -> int:

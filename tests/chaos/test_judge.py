@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from chaos.client import Outcome
-from chaos.measure import gap, percentile
+from chaos.measure import longest, percentile
 from chaos.scenarios import SCENARIOS, SLICE, Scenario
 from chaos.traffic import References
 
@@ -52,7 +52,7 @@ STREAM = changed(began=10.0, times=[11.0, 11.5, 14.0, 14.1], ended=14.2)
 
 
 @pytest.mark.parametrize(
-    ("at", "seconds", "longest"),
+    ("at", "seconds", "wanted"),
     [
         pytest.param(11.6, 0.0, 2.4, id="waits from the fault on"),
         pytest.param(10.2, 0.0, 0.8, id="the first token counts"),
@@ -61,8 +61,23 @@ STREAM = changed(began=10.0, times=[11.0, 11.5, 14.0, 14.1], ended=14.2)
         pytest.param(14.2, 1.0, None, id="had ended"),
     ],
 )
-def test_a_gap_is_what_a_stream_waits_after_the_fault(at: float, seconds: float, longest: float | None) -> None:
-    assert gap(STREAM, at, seconds) == (None if longest is None else pytest.approx(longest))
+def test_a_gap_is_what_a_stream_waits_after_the_fault(at: float, seconds: float, wanted: float | None) -> None:
+    found = longest(STREAM, at, seconds)
+    assert (found and found.seconds) == (None if wanted is None else pytest.approx(wanted))
+
+
+@pytest.mark.parametrize(
+    ("noticed", "wanted"),
+    [
+        pytest.param(11.2, 2.4, id="noticed before the wait"),
+        pytest.param(12.0, 2.0, id="in the midst of it"),
+        pytest.param(15.0, 0.0, id="after it"),
+    ],
+)
+def test_the_part_of_a_wait_after_the_notice_is_told_apart(noticed: float, wanted: float) -> None:
+    found = longest(STREAM, 11.6, 1.0)
+    assert found is not None
+    assert (found.after(noticed), found.first) == (pytest.approx(wanted), False)
 
 
 def test_percentiles_are_values_that_occurred() -> None:

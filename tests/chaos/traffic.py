@@ -128,10 +128,10 @@ class Traffic:
         self._clients: list[asyncio.Task[None]] = []
         self._run = uuid.uuid4().hex[:8]
 
-    def start(self, clients: int) -> None:
-        """Set `clients` going for each gateway."""
+    def start(self, clients: int, pause_s: float = 0.0) -> None:
+        """Set `clients` going for each gateway. `pause_s`: the most that each waits before it asks again."""
         for side in self._bases:
-            self._clients += [asyncio.create_task(self._client(side), name="client") for _ in range(clients)]
+            self._clients += [asyncio.create_task(self._client(side, pause_s), name="client") for _ in range(clients)]
 
     @property
     def tokens(self) -> int:
@@ -217,8 +217,9 @@ class Traffic:
                 self._news.notify_all()
         return outcome
 
-    async def _client(self, side: bool) -> None:
+    async def _client(self, side: bool, pause_s: float) -> None:
         while not self._stopped:
+            await asyncio.sleep(self._rng.random() * pause_s)
             await self._going.wait()
             if not self._stopped:
                 await self.ask_one(self._rng.choice(self._references.recipes), side=side)

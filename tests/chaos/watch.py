@@ -84,6 +84,16 @@ class FleetWatch:
         """What a group became after `at`."""
         return [seen for seen in self.history if seen.name == name and seen.at > at]
 
+    def failures(self, name: str) -> int:
+        """How often a group has failed since it was made: each time it waits longer before it starts again."""
+        epochs: set[int] = set()
+        for seen in self.history:
+            if seen.name == name and seen.group is None:
+                epochs.clear()
+            elif seen.name == name and seen.group is not None and seen.group.state is GroupState.FAILED:
+                epochs.add(seen.group.epoch)
+        return len(epochs)
+
     def shortly(self) -> str:
         """The groups in one line."""
         return ", ".join(f"{name} {group.state} ({group.reason})" for name, group in sorted(self.groups.items()))

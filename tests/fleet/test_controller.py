@@ -232,7 +232,7 @@ async def test_a_draining_group_leaves_when_its_last_room_is_closed(
     await control.drain("decode-0", 600, force=True)
     draining = await until(store, "decode-0", lambda it: it.state is GroupState.DRAINING)
     assert living(draining) == pids(pair[1])
-    assert (await control.load("decode-0"))["decode-0"][0].running == 3
+    assert (await control.load("decode-0")).groups["decode-0"][0].running == 3
     stage.rooms.write_text("0")
     await until_forgotten(store, "decode-0")
     assert not living(draining)

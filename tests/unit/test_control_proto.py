@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
+from types import NoneType, UnionType
 
 import msgspec
 import pytest
@@ -39,6 +40,14 @@ def _strategy(kind: type[msgspec.Struct]) -> st.SearchStrategy[msgspec.Struct]:
             inner = declared.__args__[0]  # type: ignore[attr-defined]
             items = by_type[inner] if inner in by_type else _strategy(inner)
             return st.lists(items, max_size=2).map(tuple)
+        if getattr(declared, "__origin__", None) is dict:
+            return st.dictionaries(TEXT, TEXT, max_size=2)
+        if isinstance(declared, UnionType):
+            return st.one_of(*(field(one) for one in declared.__args__))
+        if declared is NoneType:
+            return st.none()
+        if isinstance(declared, type) and issubclass(declared, msgspec.Struct):
+            return _strategy(declared)
         return st.sampled_from(declared)  # type: ignore[call-overload, no-any-return]
 
     return st.builds(kind, **{item.name: field(item.type) for item in msgspec.structs.fields(kind)})
@@ -143,7 +152,8 @@ def test_every_rpc_has_messages_of_its_own(sources: list[descriptor_pb2.FileDesc
 def test_the_stubs_are_those_of_the_proto_file(sources: list[descriptor_pb2.FileDescriptorProto]) -> None:
     (source,) = [file for file in sources if file.name == "tandem/v1/control.proto"]
     source.ClearField("source_code_info")
-    for field in (field for message in source.message_type for field in message.field):
+    messages = [one for message in source.message_type for one in (message, *message.nested_type)]
+    for field in (field for message in messages for field in message.field):
         field.ClearField("json_name")  # protoc derives it from the name
     made = descriptor_pb2.FileDescriptorProto()
     control_pb2.DESCRIPTOR.CopyToProto(made)

@@ -15,6 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from tandem.core.refresh import Refresh, RefreshPhase
+from tandem.core.traffic import TrafficReport
 from tandem.core.types import DpLoad, FleetSnapshot, Group, GroupSpec, GroupState, Rank, Role
 from tandem.fleet.control_client import ControlClient, ControlError
 from tandem.fleet.control_service import SERVICE, NoRefresh, Refused, UnknownGroup, serve_control
@@ -93,6 +94,9 @@ class MemoryFleet:
     async def load(self, group: str | None) -> Mapping[str, Sequence[DpLoad]]:
         groups = [self._known(group).group] if group else sorted(self.desired)
         return {name: [DpLoad(dp_rank=0, running=2), DpLoad(dp_rank=1, token_usage=0.5)] for name in groups}
+
+    async def traffic(self) -> Sequence[TrafficReport]:
+        return [TrafficReport(replica="b", incarnation="2"), TrafficReport(replica="a", incarnation="1", ttft=(0, 3))]
 
     async def refresh(self, ask: RefreshAsk) -> Refresh:
         self.asked = ask
@@ -191,9 +195,16 @@ async def test_a_refresh_that_can_never_be_right_is_refused(
 async def test_load_is_told_by_group_and_dp_rank(client: ControlClient) -> None:
     await client.put_group(SPEC)
     await client.put_group(msgspec.structs.replace(SPEC, group="decode-1"))
-    assert list(await client.load()) == ["decode-0", "decode-1"]
-    loads = await client.load("decode-1")
+    assert list((await client.load()).groups) == ["decode-0", "decode-1"]
+    loads = (await client.load("decode-1")).groups
     assert loads == {"decode-1": (DpLoad(dp_rank=0, running=2), DpLoad(dp_rank=1, token_usage=0.5))}
+
+
+async def test_the_load_of_all_comes_with_what_the_gateways_have_counted(client: ControlClient) -> None:
+    await client.put_group(SPEC)
+    first, second = (await client.load()).traffic
+    assert (first.replica, first.ttft, second.replica) == ("a", (0, 3), "b")
+    assert (await client.load("decode-0")).traffic == ()
 
 
 async def test_a_watch_tells_the_fleet_now_and_after_each_change(served: Served) -> None:

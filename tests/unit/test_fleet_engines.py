@@ -11,8 +11,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from tandem.config import FleetConfig, PoolConfig
-from tandem.core.types import GroupSpec, Role
+from tandem.config import FleetConfig, PoolConfig, RayConfig
+from tandem.core.types import EngineSettings, GroupSpec, Role
 from tandem.engine.http1 import HttpFailure
 from tandem.engine.launch import RankEndpoints
 from tandem.fleet.engines import NoEngineError, SglangEngines
@@ -39,6 +39,23 @@ def test_a_cpu_fleet_runs_our_server_with_the_pools_own_flags_last(model: Path) 
     assert command.argv[-2:] == ("--log-level", "debug")
     assert command.argv[command.argv.index("--node-rank") + 1] == "1"
     assert command.env["WORD"] == "hello"
+
+
+def test_a_groups_own_engine_settings_come_in_place_of_the_pools(model: Path) -> None:
+    config = FleetConfig(decode=PoolConfig(args=("--log-level", "debug"), env={"WORD": "hello"}))
+    own = EngineSettings(args=("--page-size", "32"), env={"NAME": "b"}, max_total_tokens=512)
+    command = SglangEngines(config, model=model, name="tiny").command(
+        msgspec.structs.replace(group(Role.DECODE), engine=own), 1, WHERE
+    )
+    assert command.argv[-2:] == ("--page-size", "32")
+    assert command.argv[command.argv.index("--max-total-tokens") + 1] == "512"
+    assert (command.env["NAME"], "WORD" in command.env) == ("b", False)
+
+
+def test_where_nodes_belong_to_groups_each_rank_asks_for_one_of_its_group(model: Path) -> None:
+    config = FleetConfig(ray=RayConfig(group_resources=True))
+    bundle = SglangEngines(config, model=model, name="tiny").bundle(group(Role.DECODE))
+    assert bundle == {"tandem-rank": 1, "tandem-group-decode-0": 1}
 
 
 def test_only_a_prefill_rank_tells_what_it_caches(model: Path) -> None:

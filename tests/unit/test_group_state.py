@@ -111,6 +111,17 @@ def loading() -> Life:
     return life
 
 
+def test_a_group_has_the_revision_that_it_was_started_with() -> None:
+    first, second = replace(SPEC, revision="a", kv_format="fp8"), replace(SPEC, revision="b", kv_format="bf16")
+    life = Life(groups.new(first, policy=POLICY)).hear(Desired(spec=first))
+    assert (life.record.group.revision, life.record.group.kv_format) == ("a", "fp8")
+    life.hear(Desired(spec=second), Placed(epoch=1))
+    (asked,) = [action for action in life.answers() if isinstance(action, StartRanks)]
+    assert (asked.spec.revision, life.record.group.revision, life.record.group.kv_format) == ("b", "b", "bf16")
+    life.hear(Desired(spec=first))
+    assert (life.record.group.epoch, life.record.group.revision) == (1, "b")
+
+
 def test_a_wanted_group_is_placed_then_started_then_ready() -> None:
     life = starting()
     assert life.answers() == [Place(epoch=1, spec=SPEC)]

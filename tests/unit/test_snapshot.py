@@ -9,9 +9,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from tandem.core.types import FleetSnapshot, GatewayReplica, Group, GroupSpec, GroupState, Role
+from tandem.core.traffic import TrafficReport
+from tandem.core.types import FleetSnapshot, GatewayReplica, Group, GroupSpec, GroupState, PoolPlan, Role
 from tandem.fleet import snapshot
-from tandem.fleet.snapshot import FleetRecord, StateFormatError, read_snapshot, watch_snapshots
+from tandem.fleet.snapshot import FleetRecord, StateFormatError, read_snapshot, read_traffic, watch_snapshots
 from tandem.state import Store, StoreError, open_store
 
 GROUP = Group(group="prefill-0", role=Role.PREFILL, epoch=1, state=GroupState.STARTING)
@@ -51,6 +52,24 @@ async def test_a_snapshot_holds_what_the_keys_hold(store: Store) -> None:
         gateways=(REPLICA,),
         revision=5,
     )
+
+
+async def test_what_autoscaling_wants_is_part_of_a_snapshot_and_of_its_changes(store: Store) -> None:
+    plan = PoolPlan(role=Role.DECODE, wanted=2, reason="time between tokens")
+    snapshots = watch_snapshots(store)
+    assert (await following(snapshots)).plans == ()
+    await store.put("planner", b"not ours to read")
+    await store.put("planning/decode", msgspec.json.encode(plan))
+    assert (await following(snapshots)).plans == (plan,)
+    await snapshots.aclose()
+
+
+async def test_what_gateways_have_counted_is_no_part_of_a_snapshot(store: Store) -> None:
+    reports = tuple(TrafficReport(replica=name, incarnation=f"{name}1", arrived=3) for name in ("a", "b"))
+    for report in reports:
+        await store.put(f"traffic/{report.replica}", msgspec.json.encode(report), ttl=60)
+    assert await read_traffic(store) == reports
+    assert await read_snapshot(store) == FleetSnapshot(revision=2)
 
 
 async def test_a_value_of_another_version_is_named(store: Store) -> None:
@@ -110,3 +129,12 @@ async def test_following_goes_on_after_an_outage(store: Store, monkeypatch: pyte
     await store.put("groups/prefill-0", msgspec.json.encode(GROUP))
     assert (await following(snapshots)).groups == (GROUP,)
     assert failures == 0
+
+
+def test_what_was_stored_before_groups_had_revisions_is_read() -> None:
+    group = msgspec.json.decode(
+        b'{"group": "decode-0", "role": "decode", "epoch": 2, "state": "ready", "ranks": [{"rank": 0}]}', type=Group
+    )
+    spec = msgspec.json.decode(b'{"group": "decode-0", "role": "decode", "nodes": 2}', type=GroupSpec)
+    assert (group.revision, group.kv_format, group.ranks[0].pod) == ("", "", "")
+    assert (spec.revision, spec.kv_format, spec.engine) == ("", "", None)

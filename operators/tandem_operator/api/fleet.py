@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -22,7 +22,7 @@ from tandem.config import (
     TenantName,
     TimeoutConfig,
 )
-from tandem_operator.api.pods import EnginePodOptions, PodOptions, Quantity
+from tandem_operator.api.pods import EnginePodOptions, PodOptions, Quantity, RedisPodOptions
 from tandem_operator.api.pool import Image, ModelVolume, Rollout
 
 
@@ -35,7 +35,7 @@ class Model(ModelConfig):
 class FleetPool(PoolConfig):
     """The groups of one role."""
 
-    gpus_per_node: Annotated[int, Field(ge=1, le=16)] = 8
+    gpus_per_node: int = Field(8, ge=1, le=16, description="GPUs per node; on cpu the engine runs one worker for each.")
     rollout: Rollout = Field(default_factory=Rollout)
     pods: EnginePodOptions = Field(default_factory=EnginePodOptions)
 
@@ -60,18 +60,18 @@ class FleetGateway(GatewayLimits):
 
     auth: Literal["required", "off"] = Field("required", description="Whether every request needs a key or token.")
     tls_secret: str | None = Field(None, description="kubernetes.io/tls Secret; none = plain HTTP.")
-    service_type: Literal["ClusterIP", "LoadBalancer", "NodePort"] = "ClusterIP"
-    service_annotations: dict[str, str] = Field(default_factory=dict)
-    http_port: int = Field(8000, ge=1, le=65535)
-    grpc_port: int = Field(9001, ge=1, le=65535)
+    service_type: Literal["ClusterIP", "LoadBalancer", "NodePort"] = Field("ClusterIP", description="Of its Service.")
+    service_annotations: dict[str, str] = Field(default_factory=dict, description="Of its Service.")
+    http_port: int = Field(8000, ge=1, le=65535, description="HTTP port of its pods and its Service.")
+    grpc_port: int = Field(9001, ge=1, le=65535, description="gRPC port of its pods and its Service.")
     pods: PodOptions = Field(default_factory=PodOptions)
 
 
 class SecretKey(Section):
     """One value of a Secret in the fleet's namespace."""
 
-    name: str
-    key: str
+    name: str = Field(min_length=1, description="Of the Secret.")
+    key: str = Field(min_length=1, description="In its data.")
 
 
 class Redis(Section):
@@ -79,8 +79,8 @@ class Redis(Section):
 
     url_secret: SecretKey | None = Field(None, description="redis:// URL of one that is there; none = one is run.")
     storage: Quantity | None = Field(None, description="Size of a volume for it; none = it forgets with its pod.")
-    storage_class: str | None = None
-    pods: PodOptions = Field(default_factory=PodOptions)
+    storage_class: str | None = Field(None, description="Of the volume; none = the cluster's default.")
+    pods: RedisPodOptions = Field(default_factory=RedisPodOptions)
 
 
 class RayCluster(Section):
@@ -91,14 +91,14 @@ class RayCluster(Section):
         description="host:port of the GCS of one that is there (KubeRay's); none = one is run, of the fleet's own.",
     )
     storage: Quantity | None = Field(None, description="Size of a volume for what its head remembers.")
-    storage_class: str | None = None
+    storage_class: str | None = Field(None, description="Of the volume; none = the cluster's default.")
     pods: PodOptions = Field(default_factory=PodOptions)
 
 
 class FleetSpec(Section):
     """Of a Fleet."""
 
-    device: Literal["cpu", "cuda"] = "cuda"
+    device: Literal["cpu", "cuda"] = Field("cuda", description="What the engines run on; cpu is for trying it out.")
     model: Model = Field(default_factory=Model)
     images: Images
     prefill: FleetPool = Field(default_factory=FleetPool)
@@ -114,7 +114,7 @@ class FleetSpec(Section):
         None, description="Secret whose tenants.yaml holds further tenants; none = only these."
     )
     default_tenant: TenantConfig = Field(default_factory=TenantConfig, description="For who shows no key.")
-    oidc: OidcConfig | None = None
+    oidc: OidcConfig | None = Field(None, description="Whose JWTs are taken; none = no JWTs.")
     routing: RoutingConfig = Field(default_factory=RoutingConfig, description="Its aims are those of slo.")
     admission: AdmissionConfig = Field(default_factory=AdmissionConfig)
     idempotency: IdempotencyConfig = Field(default_factory=IdempotencyConfig)

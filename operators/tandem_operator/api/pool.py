@@ -18,7 +18,9 @@ class Image(Section):
     """A container image."""
 
     name: str = Field(min_length=1, description="With tag or digest.")
-    pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = None
+    pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = Field(
+        None, description="None = Always for :latest, else IfNotPresent."
+    )
     pull_secrets: tuple[str, ...] = Field((), description="Names of Secrets in the fleet's namespace.")
 
 
@@ -55,11 +57,15 @@ class EngineTemplate(Section):
     """All that makes a revision: two groups with equal templates are alike."""
 
     image: Image
-    device: Literal["cpu", "cuda"] = "cuda"
+    device: Literal["cpu", "cuda"] = Field("cuda", description="What the engine runs on.")
     model_path: str | None = Field(None, description="Checkpoint folder in the pod; none = the tiny model.")
     model_volume: ModelVolume = Field(default_factory=ModelVolume)
-    redundant_experts: int = Field(0, ge=0, le=1024)
-    max_total_tokens: int | None = Field(None, ge=256)
+    redundant_experts: int = Field(
+        0, ge=0, le=1024, description="Further copies of experts, so that a group whose size does not divide them fits."
+    )
+    max_total_tokens: int | None = Field(
+        None, ge=256, description="KV pool per DP rank, in tokens; none = what fits (8,192 on cpu)."
+    )
     args: tuple[str, ...] = Field((), description="Further SGLang flags.")
     env: dict[str, str] = Field(default_factory=dict, description="Further environment of the engine.")
     kv_format: str = Field(
@@ -72,12 +78,12 @@ class PoolSpec(Section):
     """Of an ExpertParallelPool: the groups of one role of a fleet."""
 
     fleet: ObjectName = Field(description="The Fleet in the same namespace.")
-    role: Role
+    role: Role = Field(description="Which half of a request its groups serve.")
     replicas: int = Field(1, ge=0, le=1024, description="Groups.")
     nodes: int = Field(2, ge=1, le=64, description="Nodes (pods, ranks) per group.")
-    gpus_per_node: int = Field(8, ge=1, le=16)
+    gpus_per_node: int = Field(8, ge=1, le=16, description="GPUs per node.")
     paused: bool = Field(False, description="Neither scale by itself nor roll out changes.")
-    autoscaling: AutoscalingConfig | None = None
+    autoscaling: AutoscalingConfig | None = Field(None, description="None = as many groups as somebody says.")
     rollout: Rollout = Field(default_factory=Rollout)
     template: EngineTemplate
 
@@ -85,12 +91,12 @@ class PoolSpec(Section):
 class GroupSpec(Section):
     """Of an ExpertParallelGroup. The operator makes it; people read it."""
 
-    fleet: ObjectName
-    pool: ObjectName
-    role: Role
+    fleet: ObjectName = Field(description="The Fleet in the same namespace.")
+    pool: ObjectName = Field(description="Its ExpertParallelPool.")
+    role: Role = Field(description="Which half of a request it serves.")
     group: GroupId = Field(description="Its id in the fleet, such as decode-0.")
-    nodes: int = Field(ge=1, le=64)
-    gpus_per_node: int = Field(ge=1, le=16)
+    nodes: int = Field(ge=1, le=64, description="Nodes (pods, ranks).")
+    gpus_per_node: int = Field(ge=1, le=16, description="GPUs per node.")
     revision: str = Field(description="Hash of its template and shape.")
     cordoned: bool = Field(False, description="No new pairs; what runs goes on.")
     template: EngineTemplate

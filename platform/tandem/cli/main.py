@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from tandem.cli import bench, chat, demo, doctor, down, groups, keys, model, refresh, simulate, status, up, usage
+from tandem.cli import bench, chat, demo, doctor, down, groups, keys, model, node, refresh, simulate, status, up, usage
 
 app = typer.Typer(
     name="tandem",
@@ -26,4 +26,5 @@ app.command()(bench.bench)
 app.command()(usage.usage)
 app.add_typer(keys.app)
 app.add_typer(model.app)
+app.add_typer(node.app)
 app.add_typer(simulate.app)

@@ -83,7 +83,7 @@ async def _loads(address: str) -> Loads:
         return {}
     try:
         async with ControlClient(address, deadline=5) as client:
-            return {group: tuple(load) for group, load in (await client.load()).items()}
+            return (await client.load()).groups
     except ControlError:  # the controller is being restarted; what the store says is still true
         return {}
 

@@ -11,7 +11,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tandem.core.types import DpLoad, FleetSnapshot, GatewayReplica, Group, GroupState, Rank, RankState
+from tandem.core.types import DpLoad, FleetSnapshot, GatewayReplica, Group, GroupState, PoolPlan, Rank, RankState
 
 COLOURS: Mapping[str, str] = {
     GroupState.READY: "green",
@@ -28,7 +28,9 @@ COLOURS: Mapping[str, str] = {
 def fleet_view(snapshot: FleetSnapshot, loads: Mapping[str, Sequence[DpLoad]], now: float) -> RenderableType:
     """Everything that `tandem status` shows. `now` in Unix seconds."""
     title = f"fleet {snapshot.name}: {snapshot.model_name}"
-    return Stack(Text(title, style="bold"), _gateways(snapshot.gateways), group_table(snapshot, loads, now))
+    parts: list[RenderableType] = [Text(title, style="bold"), _gateways(snapshot.gateways)]
+    parts += [_plan(plan, now) for plan in snapshot.plans]
+    return Stack(*parts, group_table(snapshot, loads, now))
 
 
 def _gateways(gateways: Sequence[GatewayReplica]) -> RenderableType:
@@ -40,6 +42,15 @@ def _gateways(gateways: Sequence[GatewayReplica]) -> RenderableType:
         grpc = f"gRPC {gateway.grpc}" if gateway.grpc else ""
         table.add_row(Text(gateway.replica), Text(gateway.url), Text(grpc))
     return table
+
+
+def _plan(plan: PoolPlan, now: float) -> RenderableType:
+    """How many groups autoscaling wants, since when and why, and what keeps it from acting."""
+    since = f" for {_age(now - plan.since)}" if plan.since else ""
+    text = Text(f"{plan.role.value}: {plan.wanted} groups wanted{since}", style="bold")
+    text.append(f"  {plan.reason}" if plan.reason else "", style="not bold")
+    text.append(f"  (waits: {plan.held})" if plan.held else "", style="not bold yellow")
+    return text
 
 
 def group_table(snapshot: FleetSnapshot, loads: Mapping[str, Sequence[DpLoad]], now: float) -> Table:

@@ -106,6 +106,12 @@ class AdmissionTable:
         return self._queues[self._rank[priority]].length
 
     @property
+    def waiting_since(self) -> float | None:
+        """When the request began to wait that waits longest; None = nothing waits."""
+        oldest = next(iter(self._waiting.values()), None)
+        return None if oldest is None else oldest.since
+
+    @property
     def holding_s(self) -> float | None:
         """Mean seconds for which a request runs; None = too little was seen."""
         return self._rate.holding_s

@@ -178,7 +178,10 @@ def _run(record: Record, now: float, actions: list[Action]) -> Record:
             record = replace(record, group=group)
         elif record.group.state is GroupState.STARTING:
             if not record.begun:
-                actions.append(StartRanks(epoch=record.live, spec=with_own_weights(_wanted(record), record.group)))
+                spec = _wanted(record)  # as it is now: it may have changed since the group was placed
+                group = replace(record.group, revision=spec.revision, kv_format=spec.kv_format)
+                record = replace(record, group=group)
+                actions.append(StartRanks(epoch=record.live, spec=with_own_weights(spec, group)))
             return replace(record, begun=True)
         else:
             return _serve(record, now, actions)
@@ -261,6 +264,8 @@ def _next_epoch(record: Record, spec: GroupSpec, now: float, actions: list[Actio
         weight_version=last.weight_version,
         loading="" if last.weight_version else spec.weight_version,
         refused=last.refused,
+        revision=spec.revision,
+        kv_format=spec.kv_format,
     )
     actions.append(Place(epoch=group.epoch, spec=spec))
     return Record(

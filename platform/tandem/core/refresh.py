@@ -202,9 +202,9 @@ def _fell(group: Group, weights: Weights) -> bool:
 
 
 def some_pair(groups: Iterable[Group]) -> bool:
-    """Whether some weight version has a ready group of each role."""
-    ready = {(group.weight_version, group.role) for group in groups if group.routable}
-    return any((version, Role.PREFILL) in ready and (version, Role.DECODE) in ready for version, _ in ready)
+    """Whether some weight version and KV format have a ready group of each role."""
+    ready = {(group.weight_version, group.kv_format, group.role) for group in groups if group.routable}
+    return any((*kind, Role.PREFILL) in ready and (*kind, Role.DECODE) in ready for *kind, _ in ready)
 
 
 def _pair_without(group: Group, living: list[Group]) -> bool:

@@ -55,10 +55,12 @@ class Router:
     def __init__(self, settings: RouteSettings | None = None, index: PrefixIndex | None = None) -> None:
         self.settings = settings or RouteSettings()
         self.index = PrefixIndex() if index is None else index
+        self.summoned: frozenset[Role] = frozenset()
+        """Roles whose groups come when somebody asks, also where none exists (autoscaling from none)."""
         self._groups: dict[str, Group] = {}
         self._accounts: dict[Worker, RankAccount] = {}
-        self._ready: dict[str, dict[Role, list[RoutableRank]]] = {}
-        """Weight version → role → ranks, of the groups that are ready."""
+        self._ready: dict[tuple[str, str], dict[Role, list[RoutableRank]]] = {}
+        """Weight version and KV format → role → ranks, of the groups that are ready."""
         self._leases: dict[tuple[int, Role], _Lease] = {}
         self._sessions: OrderedDict[str, Worker] = OrderedDict()
         self._turn = 0
@@ -108,7 +110,7 @@ class Router:
     ) -> Pair | NoCapacity:
         """The pair with the least cost; groups in `avoid` only if a role has no other.
 
-        Both halves hold the same weights: the KV of one weight version means nothing to another. `version`: only these.
+        Both halves have the same weights and KV format: the KV of others means nothing to them. `version`: only these.
         """
         self._advance(now)
         keys = ask.keys(self.index) if ask is not None else []
@@ -153,16 +155,16 @@ class Router:
         """Why `choose` would find no pair; None if it would find one. Takes no turn."""
         if next(self._pairable(version), None) is not None:
             return None
-        found = self._ready.values() if version is None else [self._ready.get(version, {})]
-        ready = {role for roles in found for role in roles}
+        ready = {role for (name, _), roles in self._ready.items() if version in (None, name) for role in roles}
         missing = [role for role in Role if role not in ready]
         # What a group that starts will hold is not known before it is ready.
         coming = {group.role for group in self._groups.values() if group.state in _COMING or group.loading}
         if missing:
             names = " and no ".join(role.value for role in missing)
             weights = "" if version is None else f" with the weights {version!r}"
+            coming |= self.summoned
             return NoCapacity(reason=f"no {names} group{weights} is ready", coming=coming.issuperset(missing))
-        reason = "the prefill and decode groups that are ready have different weight versions"
+        reason = "the prefill and decode groups that are ready have different weight versions or KV formats"
         return NoCapacity(reason=reason, coming=bool(coming))
 
     # What runs
@@ -256,11 +258,10 @@ class Router:
     # Inside: choosing
 
     def _pairable(self, version: str | None) -> Iterator[dict[Role, list[RoutableRank]]]:
-        """The ranks by role, of each weight version that both roles have."""
-        for name in sorted(self._ready) if version is None else (version,):
-            ready = self._ready.get(name, {})
-            if len(ready) == len(Role):
-                yield ready
+        """The ranks by role, of each weight version and KV format that both roles have."""
+        for kind in sorted(self._ready):
+            if version in (None, kind[0]) and len(self._ready[kind]) == len(Role):
+                yield self._ready[kind]
 
     def _choice(
         self, prefill: Picked, decode: Picked, prompt: int, held: Sequence[bytes], *, last_resort: bool
@@ -296,7 +297,8 @@ class Router:
                     self.index.join(worker)
             if not (group.routable and group.url):
                 continue
-            ranks = self._ready.setdefault(group.weight_version, {}).setdefault(group.role, [])
+            kind = group.weight_version, group.kv_format
+            ranks = self._ready.setdefault(kind, {}).setdefault(group.role, [])
             for worker in _workers(group):
                 slot = self.index.join(worker) if group.role is Role.PREFILL else -1
                 ranks.append(RoutableRank(_target(group, worker), worker, self._account(worker, group.role), slot))

@@ -59,6 +59,10 @@ class Rank(msgspec.Struct, frozen=True, kw_only=True):
     """URL of what its engine has counted, in Prometheus' text format. Empty while there is none."""
     kv_events: tuple[KvSource, ...] = ()
     """Where its DP ranks tell what they cache; prefill only."""
+    pod: str = ""
+    """Kubernetes pod that it runs in; empty elsewhere."""
+    kube_node: str = ""
+    """Kubernetes node of that pod."""
 
 
 class Group(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,6 +93,10 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
     """Weight version that it is being given. Until that has ended, nobody knows which one it has. Empty = none."""
     refused: str = ""
     """Weight version that it was told to take and could not; it keeps its own. Empty = none."""
+    revision: str = ""
+    """Of the wish that this epoch was started by (`GroupSpec.revision`)."""
+    kv_format: str = ""
+    """Groups of different ones are never paired (`GroupSpec.kv_format`)."""
 
     @property
     def routable(self) -> bool:
@@ -96,8 +104,23 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
         return self.state is GroupState.READY
 
 
+class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """How the engines of one group are to be started, in place of what the configuration says of its pool."""
+
+    args: tuple[str, ...] = ()
+    """Further flags."""
+    env: dict[str, str] = {}
+    """Further environment."""
+    redundant_experts: int = 0
+    max_total_tokens: int | None = None
+    """KV pool per DP rank, in tokens; None = what fits."""
+
+
 class GroupSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """One group that should exist. The store holds it under `desired/<id>`."""
+    """One group that should exist. The store holds it under `desired/<id>`.
+
+    Another revision, KV format or engine takes effect when the group starts again; it does not restart one that runs.
+    """
 
     group: str
     role: Role
@@ -115,6 +138,12 @@ class GroupSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Folder of the weights on every node; empty = the fleet's own (`model.path`)."""
     weight_version: str = ""
     """Version of the weights that it should serve; empty = those it has, or the fleet's own."""
+    revision: str = ""
+    """Names all that makes it as it is: image, flags, pods. Two groups of the same one are alike."""
+    kv_format: str = ""
+    """What its KV means to another group beyond the weights: engine, flags. Groups of different ones never pair."""
+    engine: EngineSettings | None = None
+    """None = as the configuration says of its pool."""
 
 
 class DpLoad(msgspec.Struct, frozen=True, kw_only=True):
@@ -143,6 +172,20 @@ class GatewayReplica(msgspec.Struct, frozen=True, kw_only=True):
     """What the engines' request ids of this very run begin with."""
 
 
+class PoolPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """What autoscaling last decided for a pool."""
+
+    role: Role
+    wanted: int = 0
+    """Groups that it should have."""
+    reason: str = ""
+    """Why so many, in one sentence."""
+    since: float = 0.0
+    """When that was decided, in Unix seconds."""
+    held: str = ""
+    """What keeps it from acting now, in one sentence. Empty = nothing."""
+
+
 class FleetSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """A whole fleet at one revision: what `tandem status --json` prints and the control API tells."""
 
@@ -157,3 +200,5 @@ class FleetSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     gateways: tuple[GatewayReplica, ...] = ()
     revision: int = 0
     """Rises with every change in the fleet's store; the snapshot holds at least all changes up to it."""
+    plans: tuple[PoolPlan, ...] = ()
+    """Of the pools whose size follows the load, where the fleet's own controller sees to that."""

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 import msgspec
 
 from tandem.core.refresh import OVER, Refresh, some_pair
+from tandem.core.traffic import TrafficReport
 from tandem.core.types import DpLoad, FleetSnapshot, Group, GroupSpec, GroupState
 from tandem.engine.client import EngineClient, EngineError
 from tandem.fleet import clock
@@ -16,7 +17,7 @@ from tandem.fleet.engines import Engines, NoEngineError
 from tandem.fleet.refresh_ask import RefreshAsk
 from tandem.fleet.refresh_begin import begin_refresh
 from tandem.fleet.refresh_store import change_refresh, read_refresh
-from tandem.fleet.snapshot import DESIRED, GROUPS, read_snapshot, watch_snapshots
+from tandem.fleet.snapshot import DESIRED, GROUPS, read_snapshot, read_traffic, watch_snapshots
 from tandem.state import Store
 
 _TRIES = 10
@@ -109,18 +110,20 @@ class StoreBackend:
         if not wished and await self._store.get(GROUPS + group) is None:
             raise UnknownGroup(group)
 
-    async def load(self, group: str | None) -> Mapping[str, Sequence[DpLoad]]:
-        """The load of one group, or of all that answer."""
+    async def load(self, group: str | None, *, within: float = 5.0) -> Mapping[str, Sequence[DpLoad]]:
+        """The load of one group, or of all that answer within so many seconds."""
         if group is not None:
             found = await self._group(group)
             if not found.url:
                 raise Refused(f"{group} is {found.state} and has no load to tell; wait until it is ready.")
             try:
-                return {group: await self._client.loads(found.url)}
+                return {group: await self._client.loads(found.url, within=within)}
             except EngineError as error:
                 raise Refused(f"{group} does not tell its load: {error}.") from error
         serving = [found for found in (await self.fleet()).groups if found.url and found.state is not GroupState.FAILED]
-        answers = await asyncio.gather(*(self._client.loads(found.url) for found in serving), return_exceptions=True)
+        answers = await asyncio.gather(
+            *(self._client.loads(found.url, within=within) for found in serving), return_exceptions=True
+        )
         loads: dict[str, Sequence[DpLoad]] = {}
         for found, answer in zip(serving, answers, strict=True):
             if isinstance(answer, BaseException):
@@ -129,6 +132,10 @@ class StoreBackend:
             else:
                 loads[found.group] = answer
         return loads
+
+    async def traffic(self) -> Sequence[TrafficReport]:
+        """What the gateway replicas have counted; those of the last ten seconds."""
+        return await read_traffic(self._store)
 
     async def refresh(self, ask: RefreshAsk) -> Refresh:
         """Begin to give the fleet other weights. Raises Refused when they do not fit, or there would be a pause."""
@@ -192,7 +199,8 @@ def why_needed(fleet: FleetSnapshot, group: str) -> str:
         )
     if some_pair([own, *others]) and not some_pair(others):
         return (
-            f"{group} is the last ready {role} group whose weight version ({own.weight_version}) has a ready group of"
+            f"{group} is the last ready {role} group whose weight version ({own.weight_version})"
+            f"{f' and KV format ({own.kv_format})' if own.kv_format else ''} has a ready group of"
             " the other role: without it nothing is answered; wait until the refresh has gone on, or force it."
         )
     return ""

@@ -11,29 +11,25 @@ import contextlib
 import logging
 import os
 import secrets
-import select
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tandem.engine import guard
-from tandem.fleet import bound
+from tandem.fleet.ray_children import RayProcess, end, held, kill
 from tandem.fleet.ray_processes import (
-    ENVIRONMENT,
     GCS_PORT_FILE,
     HEAD_RESOURCE,
     RANK_RESOURCE,
     RAY_VERSION,
     ClusterError,
+    GcsSettings,
     NodePlace,
     Session,
     gcs_command,
@@ -46,46 +42,10 @@ __all__ = ["ClusterError", "LocalCluster", "NodePlace", "connect", "disconnect",
 
 _LOOK_S = 0.01
 """Ray tells that a process is up by a file, or by an answer; this is how often we look."""
-_GRACE_S = 3.0
 _REPLACE_S = 0.5
 _GCS_STARTS = 3
 """A GCS that dies so often within a minute will not live."""
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-
-class _Process:
-    """One of Ray's processes. A thread waits for its end, so it never stays a zombie: workers of a dead raylet notice
-    its death only when it has been reaped."""
-
-    def __init__(self, name: str, place: NodePlace, command: Sequence[str], session: Session) -> None:
-        self.name = name
-        self.log = session.logs
-        devices = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, place.gpus))} if place.gpus else {}
-        # Here go only the complaints of what comes before Ray; Ray's own go to the files named in the command.
-        with open(session.logs / f"{name}.start", "ab") as output:
-            self._child = subprocess.Popen(
-                [sys.executable, "-S", "-E", bound.__file__, str(os.getpid()), *place.prefix, *command],
-                env={**os.environ, **ENVIRONMENT, **devices},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
-        self.pid = self._child.pid
-        self.ended: Future[int] = Future()
-        threading.Thread(target=self._reap, name=f"reap {name}", daemon=True).start()
-
-    def _reap(self) -> None:
-        self.ended.set_result(self._child.wait())
-
-    def signal(self, number: signal.Signals) -> None:
-        if not self.ended.done():
-            self._child.send_signal(number)
-
-    def epitaph(self) -> str:
-        code = self.ended.result()
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-        return f"Ray's {self.name} (PID {self.pid}) {how}; its logs are in {self.log}"
 
 
 @dataclass(eq=False)
@@ -96,20 +56,29 @@ class LocalCluster:
     """Of the GCS, "host:port"; `connect` takes it."""
     session: Session
     _cluster_id: str
-    _gcs: _Process
+    _gcs: RayProcess
     _client: Any
-    _nodes: dict[str, tuple[NodePlace, _Process]] = field(default_factory=dict)
+    _settings: GcsSettings
+    _nodes: dict[str, tuple[NodePlace, RayProcess]] = field(default_factory=dict)
     _started: int = 0
 
     @classmethod
-    def start(cls, folder: Path, nodes: int | Sequence[NodePlace], *, deadline: float = 30.0) -> LocalCluster:
+    def start(
+        cls,
+        folder: Path,
+        nodes: int | Sequence[NodePlace],
+        *,
+        gcs: GcsSettings = GcsSettings(),  # noqa: B008 - it is frozen
+        deadline: float = 30.0,
+    ) -> LocalCluster:
         """Start GCS and raylets and wait until all nodes are there (0.6 s on an idle machine).
 
         Call it in the main thread: Ray's processes die with the thread that started them.
 
         Args:
             folder: for Ray's session, of a short path; it may exist.
-            nodes: how many, or where each lives. The first is the head; each has room for one rank.
+            nodes: how many, or where each lives. The first is the head; each has room for one rank, unless it says so.
+            gcs: its port, and where it keeps what it knows.
             deadline: in seconds.
 
         Raises:
@@ -124,20 +93,20 @@ class LocalCluster:
         shutil.rmtree(folder / "ray", ignore_errors=True)
         session = Session(folder)
         session.make()
-        gcs = _Process("gcs_server", places[0], gcs_command(session, places[0]), session)
+        server = RayProcess("gcs_server", places[0], gcs_command(session, places[0], gcs), session)
         try:
             # Ray's own import takes half a second: let the GCS start meanwhile.
             from ray._common.usage import usage_lib
             from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
-            address = f"{places[0].host}:{_wait_for_port(session, gcs, ends)}"
+            address = f"{places[0].host}:{_wait_for_port(session, server, ends)}"
             client = GcsClient(address=address)
             # What `ray.init` asks of any cluster.
             client.internal_kv_put(b"session_name", session.name.encode(), True, b"session")
             usage_lib.put_cluster_metadata(client, ray_init_cluster=False)
-            cluster = cls(address, session, client.cluster_id.hex(), gcs, client)
+            cluster = cls(address, session, client.cluster_id.hex(), server, client, gcs)
         except BaseException:
-            _end([gcs])
+            end([server])
             shutil.rmtree(session.folder, ignore_errors=True)
             raise
         try:
@@ -158,6 +127,10 @@ class LocalCluster:
     def nodes(self) -> dict[str, int]:
         """PIDs of the raylets by node id (hex), the head first."""
         return {node: process.pid for node, (_, process) in self._nodes.items()}
+
+    def tell_nodes(self, tell: Callable[[Any], None]) -> None:
+        """Give `tell` Ray's GcsClient, to leave something there that every node can read."""
+        tell(self._client)
 
     def grow(self, nodes: int) -> None:
         """Add nodes, of the head's kind and place, until there are `nodes`. Call it in the main thread."""
@@ -193,28 +166,33 @@ class LocalCluster:
     def stop(self) -> None:
         """End every process of the cluster, workers included, and remove its folder. Harmless when repeated."""
         raylets = [process for _, process in self._nodes.values()]
-        with _held(
+        with held(
             pid for raylet in raylets if not raylet.ended.done() for pid in guard.descendants(raylet.pid)
         ) as below:
             # A raylet that has lost its GCS waits a minute for it: so the GCS goes last, or nothing is asked politely.
-            _end(raylets, grace=0.0 if self._gcs.ended.done() else _GRACE_S)
-            _end([self._gcs])
-            _kill(below)
+            if self._gcs.ended.done():
+                end(raylets, grace=0.0)
+            else:
+                end(raylets)
+            end([self._gcs])
+            kill(below)
         self._nodes.clear()
         shutil.rmtree(self.session.folder, ignore_errors=True)
         (self.session.temp / "session_latest").unlink(missing_ok=True)  # drivers and workers make it
 
     def _start_gcs(self) -> None:
         place, _ = self._nodes[self.session.head]
-        command = gcs_command(self.session, place, port=int(self.address.rpartition(":")[2]))
-        self._gcs = _Process("gcs_server", place, command, self.session)
+        settings = replace(self._settings, port=int(self.address.rpartition(":")[2]))
+        command = gcs_command(self.session, place, settings)
+        self._gcs = RayProcess("gcs_server", place, command, self.session)
 
     def _add(self, place: NodePlace, node: str) -> None:
         number = self._started
         self._started += 1
         head = node == self.session.head
         # A CPU count, for actors that ask for none: elsewhere only ranks are placed.
-        resources: dict[str, float] = {"CPU": float(os.cpu_count() or 1) if head else 0.0, RANK_RESOURCE: 1.0}
+        resources: dict[str, float] = {"CPU": float(os.cpu_count() or 1) if head else 0.0}
+        resources |= {RANK_RESOURCE: 1.0} if place.offers is None else place.offers
         if head:
             resources[HEAD_RESOURCE] = 1.0
         if place.gpus:
@@ -228,7 +206,7 @@ class LocalCluster:
             cluster=self._cluster_id,
             resources=resources,
         )
-        self._nodes[node] = (place, _Process(f"raylet_{number}", place, command, self.session))
+        self._nodes[node] = (place, RayProcess(f"raylet_{number}", place, command, self.session))
 
     def _wait_for_nodes(self, ends: float) -> None:
         while True:
@@ -242,12 +220,13 @@ class LocalCluster:
             _look_again(ends, f"{len(self._nodes) - len(up)} of Ray's {len(self._nodes)} nodes", self.session)
 
 
-def connect(address: str, *, namespace: str) -> None:
+def connect(address: str, *, namespace: str, host: str | None = None) -> None:
     """Make this process a driver of the cluster at `address`. Raises ClusterError.
 
     Args:
         address: "host:port" of the GCS, or whatever else `ray.init` takes.
         namespace: where the fleet's actors have their names.
+        host: address of the node to be on; None = one that is on this machine.
     """
     import ray
     from ray._private import ray_constants
@@ -257,7 +236,13 @@ def connect(address: str, *, namespace: str) -> None:
         ray_constants.ENABLE_RAY_CLUSTER = False
     before = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address=address, namespace=namespace, log_to_driver=False, logging_level=logging.WARNING)
+        ray.init(
+            address=address,
+            namespace=namespace,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            _node_ip_address=host,
+        )
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise ClusterError(
             f"cannot reach the Ray cluster at {address}: {error}. Does it run Ray {RAY_VERSION}?"
@@ -280,7 +265,7 @@ def nodes_for(groups: Mapping[str, int]) -> int:
     return max(1, sum(groups.values()))
 
 
-def _wait_for_port(session: Session, gcs: _Process, ends: float) -> int:
+def _wait_for_port(session: Session, gcs: RayProcess, ends: float) -> int:
     path = session.folder / GCS_PORT_FILE.format(node=session.head)
     while True:
         with contextlib.suppress(FileNotFoundError):
@@ -295,39 +280,3 @@ def _look_again(ends: float, missing: str, session: Session) -> None:
     if time.monotonic() >= ends:
         raise ClusterError(f"{missing} did not come up in time; the logs are in {session.logs}")
     time.sleep(_LOOK_S)
-
-
-def _end(processes: Iterable[_Process], *, grace: float = _GRACE_S) -> None:
-    """SIGTERM, and SIGKILL to what is left after a while."""
-    processes = list(processes)
-    for process in processes:
-        process.signal(signal.SIGTERM)
-    ends = time.monotonic() + grace
-    for process in processes:
-        with contextlib.suppress(TimeoutError):
-            process.ended.result(max(0.0, ends - time.monotonic()))
-        process.signal(signal.SIGKILL)
-        process.ended.result(guard.KILL_DEADLINE_S)
-
-
-@contextlib.contextmanager
-def _held(pids: Iterable[int]) -> Iterator[list[int]]:
-    """Handles of processes (pidfd), which go on meaning the same ones when PIDs are used anew."""
-    with contextlib.ExitStack() as stack:
-        handles = []
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                handles.append(os.pidfd_open(pid))
-                stack.callback(os.close, handles[-1])
-        yield handles
-
-
-def _kill(handles: Iterable[int]) -> None:
-    """SIGKILL processes that need not be our children, and wait for their end."""
-    ends = time.monotonic() + guard.KILL_DEADLINE_S
-    for handle in handles:
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(handle, signal.SIGKILL)
-        poll = select.poll()
-        poll.register(handle, select.POLLIN)
-        poll.poll(max(0.0, ends - time.monotonic()) * 1000)

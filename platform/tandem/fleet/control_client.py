@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Iterator
 from types import TracebackType
+from typing import NamedTuple
 
 import grpc
 
 from tandem.core.refresh import Refresh
+from tandem.core.traffic import TrafficReport
 from tandem.core.types import DpLoad, FleetSnapshot, GroupSpec
 from tandem.fleet.control_proto import (
     fleet_from_proto,
@@ -17,6 +19,7 @@ from tandem.fleet.control_proto import (
     refresh_from_proto,
     spec_from_proto,
     spec_to_proto,
+    traffic_from_proto,
 )
 from tandem.fleet.refresh_ask import RefreshAsk
 from tandem.v1 import control_pb2, control_pb2_grpc
@@ -36,6 +39,15 @@ class ControlError(Exception):
     def __init__(self, message: str, code: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+class FleetLoad(NamedTuple):
+    """What engines and gateways tell of their work."""
+
+    groups: dict[str, tuple[DpLoad, ...]]
+    """By group and DP rank; groups that cannot tell are left out."""
+    traffic: tuple[TrafficReport, ...]
+    """What each gateway replica has counted; empty where one group was asked for."""
 
 
 class ControlClient:
@@ -118,11 +130,11 @@ class ControlClient:
         with self._errors():
             await self._stub.RemoveGroup(control_pb2.RemoveGroupRequest(group=group), timeout=self._deadline)
 
-    async def load(self, group: str | None = None) -> dict[str, tuple[DpLoad, ...]]:
-        """Return the load by DP rank of one group, or of all that can tell."""
+    async def load(self, group: str | None = None) -> FleetLoad:
+        """Return the load of one group, or of all that can tell, and then also what the gateways have counted."""
         with self._errors():
             reply = await self._stub.GetLoad(control_pb2.GetLoadRequest(group=group or ""), timeout=self._deadline)
-            return loads_from_proto(reply.groups)
+            return FleetLoad(loads_from_proto(reply.groups), traffic_from_proto(reply.traffic))
 
     async def refresh(self, ask: RefreshAsk) -> Refresh:
         """Begin to give the fleet other weights; `refresh_state` tells how far it is."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
+from types import NoneType, UnionType
 from typing import Any, TypeVar
 
 import msgspec
@@ -16,13 +17,16 @@ from google.protobuf.message import Message
 
 from tandem.core.kv_source import KvSource
 from tandem.core.refresh import Refresh, RefreshPhase
+from tandem.core.traffic import TrafficReport
 from tandem.core.types import (
     DpLoad,
+    EngineSettings,
     FleetSnapshot,
     GatewayReplica,
     Group,
     GroupSpec,
     GroupState,
+    PoolPlan,
     Rank,
     RankState,
     Role,
@@ -35,11 +39,14 @@ MESSAGES: Mapping[type[msgspec.Struct], type[Message]] = {
     KvSource: control_pb2.KvSource,
     Rank: control_pb2.Rank,
     Group: control_pb2.Group,
+    EngineSettings: control_pb2.EngineSettings,
     GroupSpec: control_pb2.GroupSpec,
     GatewayReplica: control_pb2.GatewayReplica,
     DpLoad: control_pb2.DpLoad,
+    PoolPlan: control_pb2.PoolPlan,
     FleetSnapshot: control_pb2.Fleet,
     Refresh: control_pb2.Refresh,
+    TrafficReport: control_pb2.TrafficReport,
 }
 ENUMS: Mapping[type[StrEnum], tuple[EnumTypeWrapper, str]] = {
     Role: (control_pb2.Role, "ROLE_"),
@@ -93,6 +100,18 @@ def loads_from_proto(messages: Sequence[control_pb2.GroupLoad]) -> dict[str, tup
     return {message.group: tuple(_struct(DpLoad, load) for load in message.dp_ranks) for message in messages}
 
 
+def traffic_to_proto(reports: Sequence[TrafficReport]) -> list[control_pb2.TrafficReport]:
+    """Return the messages of gateways' reports, in the order of their replicas' ids."""
+    return [
+        control_pb2.TrafficReport(**_fields(report)) for report in sorted(reports, key=lambda report: report.replica)
+    ]
+
+
+def traffic_from_proto(messages: Sequence[control_pb2.TrafficReport]) -> tuple[TrafficReport, ...]:
+    """Return the gateways' reports of messages."""
+    return tuple(_struct(TrafficReport, message) for message in messages)
+
+
 def _fields(struct: msgspec.Struct) -> dict[str, Any]:
     return {name: _to_proto(getattr(struct, name)) for name in struct.__struct_fields__}
 
@@ -109,8 +128,16 @@ def _to_proto(value: Any) -> Any:
 
 
 def _struct(kind: type[_Struct], message: Message) -> _Struct:
-    fields = {field.name: (field.type, getattr(message, field.name)) for field in msgspec.structs.fields(kind)}
-    return kind(**{name: _from_proto(declared, value, name) for name, (declared, value) in fields.items()})
+    values: dict[str, Any] = {}
+    for field in msgspec.structs.fields(kind):
+        declared = field.type
+        if isinstance(declared, UnionType):  # `X | None`: None where the message does not say
+            if not message.HasField(field.name):
+                values[field.name] = None
+                continue
+            (declared,) = (one for one in declared.__args__ if one is not NoneType)
+        values[field.name] = _from_proto(declared, getattr(message, field.name), field.name)
+    return kind(**values)
 
 
 def _from_proto(declared: Any, value: Any, field: str) -> Any:
@@ -124,4 +151,6 @@ def _from_proto(declared: Any, value: Any, field: str) -> Any:
     if getattr(declared, "__origin__", None) is tuple:
         kind = declared.__args__[0]
         return tuple(_struct(kind, item) if kind in MESSAGES else item for item in value)
-    return value
+    if getattr(declared, "__origin__", None) is dict:
+        return dict(value)
+    return _struct(declared, value) if declared in MESSAGES else value

@@ -14,6 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from tandem.core.refresh import Refresh
+from tandem.core.traffic import TrafficReport
 from tandem.core.types import DpLoad, FleetSnapshot, GroupSpec
 from tandem.fleet.control_proto import (
     fleet_to_proto,
@@ -21,6 +22,7 @@ from tandem.fleet.control_proto import (
     refresh_to_proto,
     spec_from_proto,
     spec_to_proto,
+    traffic_to_proto,
 )
 from tandem.fleet.refresh_ask import RefreshAsk
 from tandem.state import StoreError
@@ -85,6 +87,9 @@ class FleetBackend(Protocol):
     async def load(self, group: str | None) -> Mapping[str, Sequence[DpLoad]]:
         """Return the load by DP rank of one group, or of all that can tell."""
 
+    async def traffic(self) -> Sequence[TrafficReport]:
+        """Return what the gateway replicas have counted."""
+
     async def refresh(self, ask: RefreshAsk) -> Refresh:
         """Begin to give the fleet other weights."""
 
@@ -144,7 +149,8 @@ class FleetControlService(control_pb2_grpc.FleetControlServicer):
     async def GetLoad(self, request: control_pb2.GetLoadRequest, context: _Context) -> control_pb2.GetLoadResponse:
         async with _answering(context):
             loads = await self._backend.load(_group(request.group) if request.group else None)
-        return control_pb2.GetLoadResponse(groups=loads_to_proto(loads))
+            traffic = () if request.group else await self._backend.traffic()
+        return control_pb2.GetLoadResponse(groups=loads_to_proto(loads), traffic=traffic_to_proto(traffic))
 
     async def RefreshWeights(
         self, request: control_pb2.RefreshWeightsRequest, context: _Context

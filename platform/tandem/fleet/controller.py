@@ -7,8 +7,10 @@ what lives.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, cast
@@ -17,9 +19,10 @@ import grpc
 import msgspec
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError
 
 from tandem.core.group import Policy
+from tandem.fleet.autoscale import Autoscaler, AutoscaleSettings
 from tandem.fleet.backend import StoreBackend
 from tandem.fleet.bound import die_with_parent
 from tandem.fleet.control_service import serve_control
@@ -40,6 +43,7 @@ CONTROL_KEY = "control"
 _BACKOFF_S = (0.5, 1.0, 2.0, 5.0)
 _STABLE_S = 60.0
 _MEMORY_S = 30.0
+_GONE_S, _LOOK_S = 0.05, 0.2
 _log = logging.getLogger(__name__)
 
 
@@ -66,8 +70,12 @@ class ControllerSettings(msgspec.Struct, frozen=True, kw_only=True):
     control_host: str = "127.0.0.1"
     control_port: int = 9000
     """0 = any free port, another one after each restart; the store tells it."""
+    autoscale: AutoscaleSettings | None = None
+    """None = somebody else says how many groups there are."""
     log: str = ""
     """The controller's log file; empty = Ray's own."""
+    version: str = ""
+    """Tells settings apart (`renew_controller`)."""
 
 
 class Controller:
@@ -103,6 +111,10 @@ class Controller:
         """PID of the controller's process."""
         return os.getpid()
 
+    async def version(self) -> str:
+        """Which settings it works by."""
+        return self._settings.version
+
     async def counters(self) -> dict[str, dict[int, dict[str, float]]]:
         """What the engines have counted: group → rank → Prometheus sample → value. Ranks that are away are left out."""
         return await counters_of_all()
@@ -120,11 +132,17 @@ class Controller:
                 _log.error("%s", error)
                 await asyncio.sleep(_BACKOFF_S[-1])
         await self._await_memory(store)
-        async with asyncio.TaskGroup() as tasks:
+        # One for whoever changes the set of groups: it sees to it that no two of them drain the last ones at once.
+        backend = StoreBackend(store, self._engines, drain_s=settings.drain, refresh_drain_s=settings.refresh_drain)
+        async with contextlib.AsyncExitStack() as stack, asyncio.TaskGroup() as tasks:
+            stack.push_async_callback(backend.close)
             tasks.create_task(store.keep(), name="keep")
-            tasks.create_task(self._persist("the control service", self._serve, store))
-            tasks.create_task(self._persist("the reconciliation", self._reconcile, store))
-            tasks.create_task(self._persist("the refresh of weights", self._refresh, store))
+            tasks.create_task(self._persist("the control service", lambda: self._serve(store, backend)))
+            tasks.create_task(self._persist("the reconciliation", lambda: self._reconcile(store)))
+            tasks.create_task(self._persist("the refresh of weights", lambda: RefreshDriver(store).run()))
+            if settings.autoscale is not None:
+                scaler = Autoscaler(store, backend, settings.autoscale)
+                tasks.create_task(self._persist("the autoscaling", scaler.run))
 
     async def _await_memory(self, store: Store) -> None:
         """Where ranks live and the store knows of no group, it has come back empty: a gateway puts back what it held.
@@ -144,9 +162,8 @@ class Controller:
         except TimeoutError:
             _log.error("%s; nobody has put one back in %.0f s", self._trouble, _MEMORY_S)
 
-    async def _serve(self, store: Store) -> None:
+    async def _serve(self, store: Store, backend: StoreBackend) -> None:
         settings = self._settings
-        backend = StoreBackend(store, self._engines, drain_s=settings.drain, refresh_drain_s=settings.refresh_drain)
         server: grpc.aio.Server | None = None
         try:
             server, port = await serve_control(backend, settings.control_host, settings.control_port)
@@ -163,7 +180,6 @@ class Controller:
             self._serving.clear()
             if server is not None:
                 await server.stop(None)
-            await backend.close()
 
     async def _reconcile(self, store: Store) -> None:
         settings = self._settings
@@ -176,17 +192,14 @@ class Controller:
         finally:
             self._reconciling.clear()
 
-    async def _refresh(self, store: Store) -> None:
-        await RefreshDriver(store).run()
-
-    async def _persist(self, what: str, work: Callable[[Store], Awaitable[None]], store: Store) -> None:
+    async def _persist(self, what: str, work: Callable[[], Awaitable[None]]) -> None:
         """Do `work` again whenever it fails or ends, and say so each time."""
         failed = 0
         loop = asyncio.get_running_loop()
         while True:
             began = loop.time()
             try:
-                await work(store)
+                await work()
                 self._trouble = f"{what} ended"
                 _log.error("%s", self._trouble)
             except Exception as error:  # noqa: BLE001 - the boundary of a task that must not die; it is reported
@@ -210,6 +223,28 @@ def start_controller(settings: ControllerSettings) -> ActorHandle[Controller]:
         "resources": {HEAD_RESOURCE: 0.001},
     }
     return cast("ActorHandle[Controller]", ray.remote(Controller).options(**options).remote(settings))
+
+
+def renew_controller(settings: ControllerSettings, within: float) -> ActorHandle[Controller]:
+    """Start the controller; one that works by settings of another version is ended first, and the new one takes over
+    what lives. Raises RayError, TimeoutError when the old one's name is not free within so many seconds."""
+    ends = time.monotonic() + within
+    while (old := find_controller()) is not None:
+        try:
+            version: str = ray.get(cast("Any", old).version.remote(), timeout=max(0.1, ends - time.monotonic()))
+            if version == settings.version:
+                return old
+        except ActorUnavailableError:
+            if time.monotonic() < ends:
+                time.sleep(_LOOK_S)  # it is being started again; Ray tells nobody when it is there
+                continue
+        except (RayActorError, GetTimeoutError) as error:
+            _log.warning("the old controller does not answer, and is replaced: %s", error)
+        ray.kill(old, no_restart=True)
+        if time.monotonic() >= ends:
+            raise TimeoutError(f"the old controller was still there after {within:.0f} s")
+        time.sleep(_GONE_S)  # Ray forgets a killed actor's name soon, and tells nobody when
+    return start_controller(settings)
 
 
 def find_controller() -> ActorHandle[Controller] | None:

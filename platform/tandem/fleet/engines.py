@@ -17,8 +17,8 @@ from tandem.core.layout import GroupLayout, LayoutError, ParallelPlan, plan_grou
 from tandem.core.shape import ModelShape, ShapeError
 from tandem.core.types import GroupSpec, Role
 from tandem.engine.launch import LaunchError, RankEndpoints, kv_sources, launch_args, launch_env
-from tandem.fleet.plan import layout_of, pool_of, read_shape
-from tandem.fleet.ray_processes import RANK_RESOURCE
+from tandem.fleet.plan import engine_settings, layout_of, read_shape
+from tandem.fleet.ray_processes import RANK_RESOURCE, group_resource
 from tandem.gateway.text.model_card import ModelError
 from tandem.gateway.text.tokenize import Tokenizer
 
@@ -82,16 +82,17 @@ class SglangEngines:
             raise NoEngineError(f"the checkpoint in {self._model} cannot be read: {error}") from error
 
     def bundle(self, spec: GroupSpec) -> Mapping[str, float]:
+        own = {group_resource(spec.group): 1.0} if self._config.ray.group_resources else {}
         if self._config.device == "cuda":
-            return {"GPU": float(spec.gpus_per_node), "CPU": 1.0}
-        return {RANK_RESOURCE: 1.0}
+            return {"GPU": float(spec.gpus_per_node), "CPU": 1.0, **own}
+        return {RANK_RESOURCE: 1.0, **own}
 
     def check(self, spec: GroupSpec) -> None:
         self._plan(spec)
 
     def command(self, spec: GroupSpec, rank: int, endpoints: RankEndpoints) -> Command:
         layout, plan = self._plan(spec)
-        pool = pool_of(self._config, spec.role)
+        engine = engine_settings(self._config, spec)
         try:
             arguments = launch_args(
                 self.folder(spec.weights_path),
@@ -99,7 +100,7 @@ class SglangEngines:
                 plan,
                 rank,
                 endpoints,
-                pool.args,
+                engine.args,
                 served_model_name=self._name,
                 weight_version=spec.weight_version or self._config.model.version,
             )
@@ -108,7 +109,7 @@ class SglangEngines:
         except LaunchError as error:
             raise NoEngineError(str(error)) from error
         server = CPU_SERVER if self._config.device == "cpu" else GPU_SERVER
-        return Command((sys.executable, "-m", server, *arguments), {**env, **pool.env}, sources)
+        return Command((sys.executable, "-m", server, *arguments), {**env, **engine.env}, sources)
 
     def service(self, spec: GroupSpec, leader: RankEndpoints) -> Service:
         prefill = spec.role is Role.PREFILL
@@ -147,7 +148,7 @@ class SglangEngines:
             raise NoEngineError(f"the tokenizer in {path} cannot be read: {error}") from error
 
     def _plan(self, spec: GroupSpec) -> tuple[GroupLayout, ParallelPlan]:
-        layout = layout_of(self._config, spec.role, spec.nodes, spec.gpus_per_node)
+        layout = layout_of(self._config, spec.role, spec.nodes, spec.gpus_per_node, spec.engine)
         try:
             return layout, plan_group(self._shape, layout)
         except LayoutError as error:

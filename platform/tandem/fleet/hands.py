@@ -172,6 +172,8 @@ class Hands:
                         log=status.log,
                         metrics=status.metrics,
                         kv_events=kv_events,
+                        pod=prepared.pod,
+                        kube_node=prepared.kube_node,
                     ),
                 )
             )

@@ -28,14 +28,19 @@ import msgspec
 import psutil
 
 from tandem.config import FleetConfig
-from tandem.core.group import Policy
 from tandem.core.heartbeat import Limits
-from tandem.core.layout import LayoutError
-from tandem.core.shape import ShapeError
-from tandem.core.types import GroupState, Role
+from tandem.core.types import GroupState
 from tandem.fleet.cluster import ClusterError, LocalCluster, connect, disconnect, nodes_for
+from tandem.fleet.host_steps import (
+    HostError,
+    ServedModel,
+    check_model,
+    controller_settings,
+    fleet_record,
+    run_controller,
+)
 from tandem.fleet.nursery import NurseryProcess
-from tandem.fleet.plan import plan_pool, read_shape, wanted_groups
+from tandem.fleet.plan import wanted_groups
 from tandem.fleet.progress import Failed, Groups, Ready, Step, Teller
 from tandem.fleet.run_folder import (
     RUN_VARIABLE,
@@ -45,22 +50,16 @@ from tandem.fleet.run_folder import (
     make_scratch,
     sweep,
 )
-from tandem.fleet.snapshot import DESIRED, FLEET_KEY, FleetRecord, watch_snapshots
-from tandem.models.tiny import ensure_tiny
+from tandem.fleet.snapshot import DESIRED, FLEET_KEY, watch_snapshots
 from tandem.state import Store, StoreError, open_store
 
 log = logging.getLogger(__name__)
 
 
-CONTROLLER_DEADLINE_S = 60.0
 GATEWAY_DEADLINE_S = 120.0
 STOP_DEADLINE_S = 75.0
-STATE_PREFIXES = ("desired/", "groups/", "gateways/", "control", "refresh")
+STATE_PREFIXES = ("desired/", "groups/", "gateways/", "control", "refresh", "planning/", "planner")
 """What an earlier run may have left in a store that outlives it; of a Ray cluster that was its own, nothing lives."""
-
-
-class HostError(RuntimeError):
-    """The fleet cannot start or go on; the message is one sentence."""
 
 
 class Host:
@@ -72,8 +71,7 @@ class Host:
         self._teller = teller
         self._began = time.monotonic()
         self._namespace = config.ray.namespace or f"tandem-{config.name}"
-        self._model_path = config.model.path or folder.path / "models" / "tiny"
-        self._model_name = config.model.name or self._model_path.name
+        self._model = ServedModel.of(config, folder.path)
         self.run_id = uuid.uuid4().hex
         self._scratch = make_scratch()
         self._ready = asyncio.Event()
@@ -85,11 +83,12 @@ class Host:
             stack.callback(self._end)
             os.environ[RUN_VARIABLE] = self.run_id  # every process from here on inherits it
             self._write_record()
-            await self._make_model()
+            with self._step("model" if self._config.model.path else "model: the tiny one"):
+                await check_model(self._config, self._model)
             nursery = await self._start_nursery(stack)
             cluster = stack.enter_context(self._ray())
             store = await self._open_store(stack)
-            await self._start_controller(stack, nursery)
+            await self._start_controller(nursery)
             gateway = asyncio.create_task(self._gateway(stack), name="gateway")
             told = asyncio.create_task(self._follow(store, gateway, cluster), name="follow")
             broken = asyncio.create_task(self._tend(cluster), name="cluster")
@@ -131,20 +130,6 @@ class Host:
             )
         )
 
-    async def _make_model(self) -> None:
-        """Make the tiny model unless another is configured, and check that every pool can run the model."""
-        if self._config.model.path is None:
-            with self._step("model: the tiny one"):
-                await asyncio.to_thread(ensure_tiny, self._model_path)
-        try:
-            shape = await asyncio.to_thread(read_shape, self._model_path)
-            for role in Role:
-                plan_pool(self._config, role, shape)
-        except OSError as error:
-            raise HostError(f"{self._model_path} holds no model: {error}") from error
-        except (LayoutError, ShapeError) as error:
-            raise HostError(str(error)) from error
-
     async def _start_nursery(self, stack: AsyncExitStack) -> Path | None:
         """On this machine's CPU, import the engine once for all ranks. It goes on while the rest starts."""
         if self._config.device != "cpu" or self._config.ray.address:
@@ -184,56 +169,30 @@ class Host:
             for prefix in STATE_PREFIXES:
                 for entry in await store.list(prefix):
                     await store.delete(entry.key)
-        await store.put(FLEET_KEY, msgspec.json.encode(self._fleet_record()))
+        await store.put(FLEET_KEY, msgspec.json.encode(fleet_record(self._config, self._model)))
         for spec in wanted_groups(self._config):
             await store.put(f"{DESIRED}{spec.group}", msgspec.json.encode(spec))
         return store
 
-    def _fleet_record(self) -> FleetRecord:
-        return FleetRecord(
-            name=self._config.name,
-            model_path=str(self._model_path),
-            model_name=self._model_name,
-            model_version=self._config.model.version,
-        )
-
-    async def _start_controller(self, stack: AsyncExitStack, nursery: Path | None) -> None:
+    async def _start_controller(self, nursery: Path | None) -> None:
         """Start the controller; the groups begin to start with it."""
-        import ray
-
-        from tandem.fleet.controller import ControllerSettings, start_controller
-        from tandem.fleet.engines import SglangEngines
-        from tandem.fleet.hands import HandsSettings
         from tandem.fleet.rank import RankSettings
 
-        config = self._config
         ranks = RankSettings(
             logs=str(self._folder.logs),
             scratch=str(self._scratch),
             nursery=str(nursery) if nursery else "",
-            limits=Limits.within(config.timeouts.hang_s, config.device),
+            limits=Limits.within(self._config.timeouts.hang_s, self._config.device),
         )
-        settings = ControllerSettings(
-            fleet=self._fleet_record(),
-            store_url=config.state.url,
-            store_folder=str(self._folder.store),
-            engines=SglangEngines(config, model=self._model_path, name=self._model_name),
-            hands=HandsSettings(rank=ranks, stop_grace=config.timeouts.stop_s),
-            policy=Policy(start=config.timeouts.group_start_s, migrate=config.timeouts.migrate_s),
-            drain=config.timeouts.drain_s,
-            refresh_drain=config.timeouts.refresh_drain_s,
-            control_host=config.control.host,
-            control_port=config.control.port,
-            log=str(self._folder.logs / "controller.log"),
+        settings = controller_settings(
+            self._config,
+            self._model,
+            ranks,
+            store_folder=self._folder.store,
+            log=self._folder.logs / "controller.log",
         )
         with self._step("controller"):
-            controller = await asyncio.to_thread(start_controller, settings)
-            try:
-                await asyncio.to_thread(
-                    ray.get, controller.ready.remote(CONTROLLER_DEADLINE_S), timeout=CONTROLLER_DEADLINE_S + 5
-                )
-            except (ray.exceptions.RayError, TimeoutError) as error:
-                raise HostError(f"the controller did not start: {error}") from error
+            await run_controller(settings)
 
     async def _gateway(self, stack: AsyncExitStack) -> None:
         """Start the gateways; they wait for groups by themselves."""
@@ -246,7 +205,7 @@ class Host:
                 asyncio.to_thread(
                     deploy,
                     self._config,
-                    model_path=self._model_path,
+                    model_path=self._model.path,
                     store_url=self._config.state.url,
                     folder=self._folder.store,
                     deadline=GATEWAY_DEADLINE_S,

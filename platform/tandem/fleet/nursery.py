@@ -24,7 +24,8 @@ class NurseryProcess:
         """Start it with its socket in `folder`, of a short path. Clients may connect at once; it answers when it has
         imported the engine, some seconds later."""
         path, metrics = folder / "nursery", folder / "nursery-metrics"
-        metrics.mkdir()
+        path.unlink(missing_ok=True)  # of one that was here before
+        metrics.mkdir(exist_ok=True)
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener, os.fdopen(output, "ab"):
             listener.bind(str(path))

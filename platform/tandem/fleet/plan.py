@@ -8,7 +8,7 @@ from pathlib import Path
 from tandem.config import FleetConfig, PoolConfig
 from tandem.core.layout import GroupLayout, ParallelPlan, plan_group
 from tandem.core.shape import ModelShape
-from tandem.core.types import GroupSpec, Role
+from tandem.core.types import EngineSettings, GroupSpec, Role
 
 
 def read_shape(model: Path) -> ModelShape:
@@ -21,9 +21,24 @@ def pool_of(config: FleetConfig, role: Role) -> PoolConfig:
     return config.prefill if role is Role.PREFILL else config.decode
 
 
-def layout_of(config: FleetConfig, role: Role, nodes: int, gpus_per_node: int) -> GroupLayout:
-    """The layout of a group of `role` with so many nodes."""
-    pool = pool_of(config, role)
+def engine_settings(config: FleetConfig, spec: GroupSpec) -> EngineSettings:
+    """How a group's engines are started: as its wish says, or as the pool does."""
+    if spec.engine is not None:
+        return spec.engine
+    pool = pool_of(config, spec.role)
+    return EngineSettings(
+        args=pool.args,
+        env=pool.env,
+        redundant_experts=pool.redundant_experts,
+        max_total_tokens=pool.max_total_tokens,
+    )
+
+
+def layout_of(
+    config: FleetConfig, role: Role, nodes: int, gpus_per_node: int, engine: EngineSettings | None = None
+) -> GroupLayout:
+    """The layout of a group of `role` with so many nodes. `engine`: its own settings; None = the pool's."""
+    pool = engine or pool_of(config, role)
     return GroupLayout(
         role=role,
         nodes=nodes,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import shutil
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from tandem.engine.supervisor import EngineCommand, EngineProcess, StartError
 from tandem.fleet.bound import die_with_parent
 from tandem.fleet.engine_health import EngineWatch, gone, log_tail, read_counters, serve_counters
 from tandem.fleet.ports import PortBlock, interface_of
+from tandem.fleet.run_folder import KUBE_NODE_VARIABLE, POD_VARIABLE, node_folder
 
 HTTP, DIST, KV_EVENTS = 0, 2, 32
 """Where in its block of ports a rank has what; from DIST on, SGLang takes several in a row, and from KV_EVENTS
@@ -77,14 +79,29 @@ class RankName(NamedTuple):
 class RankSettings(msgspec.Struct, frozen=True, kw_only=True):
     """What every rank of a fleet is told."""
 
-    logs: str
-    """Folder of the engines' log files."""
-    scratch: str
-    """Folder for the engines' temporary files and counters, of a short path; removed with them."""
+    logs: str = ""
+    """Folder of the engines' log files; empty = in each node's own folder."""
+    scratch: str = ""
+    """Folder for the engines' temporary files and counters, of a short path; removed with them. Empty = each node's own
+    folder, and the nursery that is there."""
     nursery: str = ""
     """Socket of the machine's nursery; empty = none."""
     limits: Limits = Limits()
     """How long an engine that is ready may show no progress."""
+
+    def here(self) -> RankSettings:
+        """The same with the folders of the node that this process is on."""
+        if self.scratch and self.logs:
+            return self
+        folder = node_folder()
+        nursery = folder / "nursery"
+        found = str(nursery) if nursery.is_socket() else ""
+        return msgspec.structs.replace(
+            self,
+            logs=self.logs or str(folder / "logs"),
+            scratch=self.scratch or str(folder),
+            nursery=self.nursery or ("" if self.scratch else found),
+        )
 
 
 class Prepared(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,6 +111,8 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     interface: str
     first_port: int
+    pod: str = ""
+    kube_node: str = ""
 
 
 class RankStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -117,7 +136,7 @@ class RankActor:
     ) -> None:
         """`host` and `node`: address and id of the node; empty = ask Ray."""
         self._rank = rank
-        self._settings = settings
+        self._settings = settings = settings.here()
         self._name = f"{group}-e{epoch}-r{rank}"
         if not host:
             die_with_parent()
@@ -142,7 +161,12 @@ class RankActor:
         if self._block is None:
             self._block = PortBlock.claim(self._host)
         return Prepared(
-            node=self._node, host=self._host, interface=interface_of(self._host), first_port=self._block.first
+            node=self._node,
+            host=self._host,
+            interface=interface_of(self._host),
+            first_port=self._block.first,
+            pod=os.environ.get(POD_VARIABLE, ""),
+            kube_node=os.environ.get(KUBE_NODE_VARIABLE, ""),
         )
 
     async def start(self, argv: Sequence[str], env: dict[str, str], endpoints: RankEndpoints) -> RankStatus:

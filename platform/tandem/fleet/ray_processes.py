@@ -26,6 +26,9 @@ RAY_VERSION = "2.60.0"
 RANK_RESOURCE = "tandem-rank"
 """What a logical node offers once: room for one rank."""
 
+GATEWAY_RESOURCE = "tandem-gateway"
+"""What a node that is a gateway's offers once, where nodes belong to somebody (`ray.group_resources`)."""
+
 HEAD_RESOURCE = "node:__internal_head__"
 """Ray Serve puts its controller where this is."""
 
@@ -61,6 +64,11 @@ SYSTEM_CONFIG: Mapping[str, object] = {
 ENVIRONMENT: Mapping[str, str] = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
 
 
+def group_resource(group: str) -> str:
+    """What a node that is a group's offers once, where nodes belong to somebody (`ray.group_resources`)."""
+    return f"tandem-group-{group}"
+
+
 class ClusterError(RuntimeError):
     """The Ray cluster could not be started or reached; the message says what to do."""
 
@@ -75,6 +83,20 @@ class NodePlace:
     """Command that enters the node's namespaces, as `ip netns exec node1`; empty = this process's own."""
     gpus: tuple[int, ...] = ()
     """CUDA devices of this machine that are this node's."""
+    offers: Mapping[str, float] | None = None
+    """Its resources besides CPU and GPU; None = room for one rank."""
+
+
+@dataclass(frozen=True)
+class GcsSettings:
+    """How the GCS of a cluster differs from one that nobody but this machine needs."""
+
+    port: int = 0
+    """0 = any."""
+    memory: Path | None = None
+    """Folder of what it knows, which another one goes on with; None = in the session's, gone with that."""
+    patience: float = 60.0
+    """Seconds after which raylets, workers and drivers that cannot reach it end themselves."""
 
 
 @dataclass(frozen=True)
@@ -118,16 +140,20 @@ def ray_folder() -> Path:
     return Path(spec.origin).parent
 
 
-def gcs_command(session: Session, place: NodePlace, *, port: int = 0) -> list[str]:
-    """Command line of the GCS. What it knows is in a file of the session (RocksDB), so that another one can go on on
-    the same `port`; 0 = any."""
-    settings = {**SYSTEM_CONFIG, "gcs_storage": "rocksdb", "gcs_storage_path": str(session.folder / "gcs")}
-    config = base64.b64encode(json.dumps(settings).encode()).decode()
+def gcs_command(session: Session, place: NodePlace, settings: GcsSettings) -> list[str]:
+    """Command line of the GCS. What it knows is in files (RocksDB), so that another one can go on on the same port."""
+    system = {
+        **SYSTEM_CONFIG,
+        "gcs_storage": "rocksdb",
+        "gcs_storage_path": str(settings.memory or session.folder / "gcs"),
+        "gcs_rpc_server_reconnect_timeout_s": round(settings.patience),
+    }
+    config = base64.b64encode(json.dumps(system).encode()).decode()
     return [
         str(ray_folder() / "core/src/ray/gcs/gcs_server"),
         f"--log_dir={session.logs}",
         f"--config_list={config}",
-        f"--gcs_server_port={port}",
+        f"--gcs_server_port={settings.port}",
         "--metrics-agent-port=-1",
         f"--node-ip-address={place.host}",
         f"--session-name={session.name}",
@@ -147,6 +173,7 @@ def raylet_command(
     gcs: str,
     cluster: str,
     resources: Mapping[str, float],
+    name: str = "",
 ) -> list[str]:
     """Command line of the raylet of one node.
 
@@ -156,6 +183,7 @@ def raylet_command(
         gcs: address of the GCS.
         cluster: id that the GCS gave the cluster.
         resources: what the node offers; CPU must be among them.
+        name: what Ray calls the node; empty = by its number.
     """
     ray = ray_folder()
     raylet = session.folder / "sockets" / f"raylet_{number}"
@@ -188,7 +216,7 @@ def raylet_command(
         "--min_worker_port=0",
         "--max_worker_port=0",
         f"--node_id={node}",
-        f"--node-name=node-{number}",
+        f"--node-name={name or f'node-{number}'}",
         f"--node_ip_address={place.host}",
         f"--static_resource_list={','.join(f'{name},{amount}' for name, amount in offered.items())}",
         f"--maximum_startup_concurrency={os.cpu_count() or 1}",

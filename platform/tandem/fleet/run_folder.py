@@ -16,9 +16,14 @@ import msgspec
 import psutil
 
 from tandem.config import FleetConfig
+from tandem.gateway.stop_socket import NODE_FOLDER_VARIABLE
 
 RUN_VARIABLE = "TANDEM_RUN"
 """Set in the environment of every process of a run, so that exactly these can be found again."""
+
+
+POD_VARIABLE, KUBE_NODE_VARIABLE = "TANDEM_POD_NAME", "TANDEM_NODE_NAME"
+"""Kubernetes tells a pod its own name, and that of its node, by these."""
 
 
 class HostRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,6 +55,11 @@ class HostRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 class AlreadyRunningError(RuntimeError):
     """Another host process runs a fleet of this name."""
+
+
+def node_folder() -> Path:
+    """This node's own folder, of a short path."""
+    return Path(os.environ.get(NODE_FOLDER_VARIABLE) or Path(tempfile.gettempdir()) / "tandem-node")
 
 
 def state_home() -> Path:

@@ -9,12 +9,15 @@ from typing import TypeVar
 
 import msgspec
 
-from tandem.core.types import FleetSnapshot, GatewayReplica, Group, GroupSpec
+from tandem.core.traffic import TRAFFIC, TrafficReport
+from tandem.core.types import FleetSnapshot, GatewayReplica, Group, GroupSpec, PoolPlan
 from tandem.state import Entry, Store, StoreError
 
 FLEET_KEY = "fleet"
 """Holds a `FleetRecord`, written by the controller."""
 GROUPS, DESIRED, GATEWAYS = "groups/", "desired/", "gateways/"
+PLANS = "planning/"
+"""A `PoolPlan` for each pool whose size follows the load, by its role; the controller writes them (`autoscale.py`)."""
 _RETRY_S = 0.5
 
 _Struct = TypeVar("_Struct", bound=msgspec.Struct)
@@ -47,7 +50,13 @@ async def read_snapshot(store: Store) -> FleetSnapshot:
         desired=_under(DESIRED, entries, GroupSpec),
         gateways=_under(GATEWAYS, entries, GatewayReplica),
         revision=revision,
+        plans=_under(PLANS, entries, PoolPlan),
     )
+
+
+async def read_traffic(store: Store) -> tuple[TrafficReport, ...]:
+    """Return what the gateway replicas have counted. Raises `StoreError` and `StateFormatError`."""
+    return _under(TRAFFIC, await store.list(TRAFFIC), TrafficReport)
 
 
 async def watch_snapshots(store: Store) -> AsyncGenerator[FleetSnapshot, None]:
@@ -80,7 +89,7 @@ async def watch_snapshots(store: Store) -> AsyncGenerator[FleetSnapshot, None]:
 async def _listen(store: Store, changed: asyncio.Event) -> None:
     try:
         async for change in store.watch(""):
-            if change.key == FLEET_KEY or change.key.startswith((GROUPS, DESIRED, GATEWAYS)):
+            if change.key == FLEET_KEY or change.key.startswith((GROUPS, DESIRED, GATEWAYS, PLANS)):
                 changed.set()
     finally:
         changed.set()

@@ -36,6 +36,7 @@ from tandem.gateway.http.server import HttpServer
 from tandem.gateway.observe.logs import RequestLog
 from tandem.gateway.observe.metrics import Metrics
 from tandem.gateway.observe.tracing import Tracing
+from tandem.gateway.observe.traffic import TrafficTeller
 from tandem.gateway.pairing.fleet_view import FleetView
 from tandem.gateway.pairing.kv_events import KvEvents
 from tandem.gateway.pairing.load_poller import LoadPoller
@@ -92,6 +93,7 @@ class Gateway:
             RouteSettings(slo=Slo(ttft_s=wanted.ttft_s, itl_s=wanted.itl_s)),
             PrefixIndex(max_bytes=wanted.index_bytes),
         )
+        router.summoned = summoned(config)
         self.driver = PairDriver(client, self.metrics, router)
         self._events = KvEvents(router.index)
         stack.callback(self._events.close)
@@ -107,6 +109,7 @@ class Gateway:
         if config.gateway.tls is not None:
             self._context = tls.server_ssl_context(config.gateway.tls)
             self._go(tls.follow(self._context, config.gateway.tls), "tls")
+        self._go(self._traffic().keep(), "traffic")
         service = await self._make_service()
         pages = Pages(setting.replica, config.name, service, self._view.snapshot, lambda: self._events.counts)
         self._answers = await self._make_answers(service)
@@ -156,6 +159,17 @@ class Gateway:
             task.cancel()
         if self.tasks:
             await asyncio.wait(self.tasks, timeout=5)
+
+    def _traffic(self) -> TrafficTeller:
+        return TrafficTeller(
+            self.store,
+            self.metrics,
+            self._admission,
+            parked=lambda: self.driver.table.parked,
+            fleet=self._view.snapshot,
+            replica=self._setting.replica,
+            incarnation=self.driver.incarnation,
+        )
 
     async def _make_admission(self) -> Admission:
         setting, wanted = self._setting, self._setting.config.admission
@@ -283,3 +297,9 @@ class Gateway:
 
     def _go(self, work: Coroutine[Any, Any, None], name: str) -> None:
         self.tasks.append(asyncio.create_task(work, name=name))
+
+
+def summoned(config: FleetConfig) -> frozenset[Role]:
+    """Roles that autoscaling may leave without any group, and gives one as soon as a request waits for it."""
+    pools = {Role.PREFILL: config.prefill.autoscaling, Role.DECODE: config.decode.autoscaling}
+    return frozenset(role for role, scaling in pools.items() if scaling is not None and scaling.min_groups == 0)

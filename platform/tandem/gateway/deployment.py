@@ -5,10 +5,13 @@ else: it runs without its own HTTP proxy, and no request passes a Serve handle (
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import ipaddress
+import os
 import socket
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from ray.serve.config import ProxyLocation
 from tandem.config import FleetConfig
 from tandem.gateway.observe.logs import configure_logs
 from tandem.gateway.replica import GatewayReplica, spare_the_collector
+from tandem.gateway.stop_socket import NODE_FOLDER_VARIABLE, STOP_SOCKET, serve_stop
 
 APPLICATION = "tandem-gateway"
 DRAIN_S = 30.0
@@ -30,6 +34,7 @@ class _Gateway:
 
     def __init__(self, config: str, model_path: str, store_url: str, folder: str) -> None:
         fleet = FleetConfig.model_validate_json(config)
+        own = os.environ.get(NODE_FOLDER_VARIABLE)
         replica = serve.get_replica_context().replica_id.unique_id
         # Ray keeps a worker's standard error in its session's folder.
         self._logs = configure_logs(json=fleet.observability.log_format == "json", fleet=fleet.name, replica=replica)
@@ -37,11 +42,14 @@ class _Gateway:
             fleet,
             model_path=Path(model_path),
             store_url=store_url,
-            folder=Path(folder),
+            folder=Path(own) / "store" if own else Path(folder),
             replica=replica,
             node=ray.get_runtime_context().get_node_id(),
+            address=ray.util.get_node_ip_address() if own else "",
         )
         self._replica.start()
+        if own:
+            serve_stop(Path(own) / STOP_SOCKET, self._replica.stop)
         spare_the_collector()
 
     async def check_health(self) -> None:
@@ -68,11 +76,15 @@ def deploy(
     folder: Path,
     deadline: float = 120.0,
     given_up: threading.Event | None = None,
+    resources: Mapping[str, float] | None = None,
+    wait: bool = True,
 ) -> None:
     """Run `config.gateway.replicas` gateways on the Ray cluster that this process is connected to.
 
     Returns when all of them listen; they are then in the store under `gateways/`. Called again it brings the running
-    ones to the new configuration. Set `given_up` from another thread to have it return early.
+    ones to the new configuration; where only their number is another, those that run are left alone. Set `given_up`
+    from another thread to have it return early; without `wait` it does so at once (see `state`). `resources`: what the
+    node of a replica must offer, and the replica takes; None = it has the address `gateway.host`.
 
     Raises RuntimeError (Serve's), with a replica's own words, when they do not start.
     """
@@ -80,30 +92,54 @@ def deploy(
     gateway = serve.deployment(
         name="gateway",
         num_replicas=config.gateway.replicas,
-        ray_actor_options={"num_cpus": 0, "resources": _place(config.gateway.host)},
+        ray_actor_options={
+            "num_cpus": 0,
+            "resources": _place(config.gateway.host) if resources is None else dict(resources),
+        },
         health_check_period_s=2.0,
         health_check_timeout_s=10.0,
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=DRAIN_S + 10,
         max_constructor_retry_count=3,
     )(_Gateway)
+    # Serve would draw a new one at each call, and restart every replica for it. Its option for that is gone.
+    gateway._version = _version(config, model_path, store_url)
     bound = gateway.bind(config.model_dump_json(), str(model_path), store_url, str(folder))
     target = serve.RunTarget(bound, name=APPLICATION, route_prefix=None)
     # Our own wait has a deadline, Serve's has none.
     serve.run_many([target], wait_for_applications_running=False)
-    _wait_until_running(deadline, given_up or threading.Event())
+    if wait:
+        _wait_until_running(deadline, given_up or threading.Event())
+
+
+def state() -> tuple[str, str]:
+    """What Serve says of the gateways (`RUNNING`, `DEPLOYING`, `DEPLOY_FAILED`, …), and why. Raises RayError."""
+    application = serve.status().applications.get(APPLICATION)
+    if application is None:
+        return "NOT_STARTED", ""
+    # The application's message only names the deployment that failed; why it did is in the deployment's own.
+    why = " ".join(one.message for one in application.deployments.values() if one.message)
+    return str(application.status), why or application.message
+
+
+def _version(config: FleetConfig, model_path: Path, store_url: str) -> str:
+    """Tells replicas apart that are not configured alike. How many there are is nothing that they need to know, nor
+    how many groups."""
+    pools = {"groups", "nodes", "gpus_per_node", "autoscaling"}
+    told = config.model_dump_json(
+        exclude={"gateway": {"replicas"}, "prefill": pools, "decode": pools, "planning": True, "ray": True}
+    )
+    return hashlib.sha256("\0".join((told, str(model_path), store_url)).encode()).hexdigest()[:16]
 
 
 def _wait_until_running(deadline: float, given_up: threading.Event) -> None:
     end = time.monotonic() + deadline
     while not given_up.wait(_LOOK_S):
-        application = serve.status().applications[APPLICATION]
-        if application.status == "RUNNING":
+        status, why = state()
+        if status == "RUNNING":
             return
-        if application.status == "DEPLOY_FAILED" or time.monotonic() > end:
-            # The application's message only names the deployment that failed; why it did is in the deployment's own.
-            why = " ".join(one.message for one in application.deployments.values() if one.message)
-            raise RuntimeError(f"the gateway did not start ({application.status}): {why or application.message}")
+        if status == "DEPLOY_FAILED" or time.monotonic() > end:
+            raise RuntimeError(f"the gateway did not start ({status}): {why}")
 
 
 def _place(host: str) -> dict[str, float]:

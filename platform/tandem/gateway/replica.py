@@ -51,14 +51,17 @@ class GatewayReplica:
         folder: Path,
         replica: str | None = None,
         node: str = "",
+        address: str = "",
     ) -> None:
-        """`folder` is where the embedded store's file lives; `store_url` overrides the configuration's."""
+        """`folder` is where the embedded store's file lives; `store_url` overrides the configuration's. `address`: the
+        node's, which others are told of a replica that listens on all of them; empty = what its host name means."""
         self.replica = replica or f"gateway-{uuid.uuid4().hex[:8]}"
         self._config = config
         self._model_path = model_path
         self._store_url = store_url or config.state.url
         self._folder = folder
         self._node = node
+        self._address = address
         self._record: Record | None = None
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -162,7 +165,8 @@ class GatewayReplica:
         host, port = listener.getsockname()[:2]
         if host in ("0.0.0.0", "::"):
             # What others are told must be an address of this node.
-            host = "127.0.0.1" if self._config.gateway.replicas == 1 and not self._node else _own_address(host)
+            alone = self._config.gateway.replicas == 1 and not self._node
+            host = self._address or ("127.0.0.1" if alone else _own_address(host))
         scheme = "http" if self._config.gateway.tls is None else "https"
         return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 

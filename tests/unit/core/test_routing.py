@@ -8,7 +8,9 @@ from tandem.core.types import Group, GroupState, Role
 READY = GroupState.READY
 
 
-def group(name: str, *, dp_size: int = 1, epoch: int = 1, state: GroupState = READY, weights: str = "1") -> Group:
+def group(
+    name: str, *, dp_size: int = 1, epoch: int = 1, state: GroupState = READY, weights: str = "1", kv: str = ""
+) -> Group:
     return Group(
         group=name,
         role=Role.PREFILL if name.startswith("p") else Role.DECODE,
@@ -19,6 +21,7 @@ def group(name: str, *, dp_size: int = 1, epoch: int = 1, state: GroupState = RE
         bootstrap_port=8998,
         dp_size=dp_size,
         weight_version=weights,
+        kv_format=kv,
     )
 
 
@@ -75,6 +78,22 @@ def test_groups_to_avoid_are_the_last_resort() -> None:
     assert chosen(made, ("d0",)).decode.group == "d0"
 
 
+def test_the_two_halves_have_the_same_kv_format() -> None:
+    made = router(group("p0", kv="fp8"), group("d0", kv="bf16"))
+    refusal = made.choose(version="1")
+    assert isinstance(refusal, NoCapacity)
+    assert "KV formats" in refusal.reason
+    made.put(group("p1", kv="bf16"))
+    assert {(pair.prefill.group, pair.decode.group) for pair in (chosen(made), chosen(made))} == {("p1", "d0")}
+
+
+def test_a_stream_goes_on_with_the_same_weights_in_any_kv_format() -> None:
+    made = router(group("p0", kv="new"), group("d0", kv="new"), group("p1", weights="2"), group("d1", weights="2"))
+    pair = made.choose(version="1")
+    assert isinstance(pair, Pair)
+    assert (pair.prefill.group, pair.decode.group) == ("p0", "d0")
+
+
 def test_the_two_halves_have_the_same_weights() -> None:
     made = router(group("p0", weights="1"), group("d0", weights="2"))
     refusal = made.choose()
@@ -103,3 +122,15 @@ def test_everything_that_was_opened_and_released_leaves_no_load() -> None:
         made.release(1, role)
         made.release(1, role)
     assert (made.loads(), made.open_legs) == ([], 0)
+
+
+def test_a_role_that_autoscaling_left_without_groups_gets_one_when_somebody_asks() -> None:
+    made = router(group("p0"))
+    made.summoned = frozenset({Role.DECODE})
+    refusal = made.choose()
+    assert isinstance(refusal, NoCapacity)
+    assert refusal.coming
+    made.remove("p0")
+    refusal = made.choose()
+    assert isinstance(refusal, NoCapacity)
+    assert not refusal.coming

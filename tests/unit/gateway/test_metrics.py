@@ -20,6 +20,7 @@ COUNTED = {
     "tandem_open_rooms",
     "tandem_requests_without_pair",
     "tandem_groups",
+    "tandem_planning_wanted_groups",
     "tandem_group_open_rooms",
     "tandem_group_open_tokens",
     "tandem_usage_records_pending",

@@ -158,6 +158,12 @@ class Admission:
     def waiting(self, priority: Priority) -> int:
         return self._table.waiting(priority)
 
+    @property
+    def oldest_s(self) -> float:
+        """How long the request has waited that waits longest, in seconds; 0 = nothing waits."""
+        since = self._table.waiting_since
+        return 0.0 if since is None else self._clock() - since
+
     def set_capacity(self, slots: int | None, prefill_tokens: int | None = None) -> None:
         """What of this replica's may run at once from now on: its part of the fleet's decode slots, and of the input
         tokens that prefill works on at once; None = no limit."""

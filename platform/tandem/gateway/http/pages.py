@@ -141,6 +141,8 @@ class Pages:
     def _exposition(self) -> Page:
         for role, state, count in _count_groups(self._fleet()):
             self._metrics.groups.labels(role, state).set(count)
+        for plan in self._fleet().plans:
+            self._metrics.planned.labels(plan.role.value).set(plan.wanted)
         self._metrics.parked.set(self._driver.table.parked)
         roles = {group.group: group.role.value for group in self._fleet().groups}
         self._metrics.group_loads(

@@ -16,10 +16,12 @@ from prometheus_client.utils import floatToGoString
 class Series:
     """One histogram with its label values given. Belongs to one thread: there is no lock."""
 
-    __slots__ = ("_bounds", "_counts", "_sum")
+    __slots__ = ("_bounds", "_counts", "_ends", "_sum")
 
-    def __init__(self, bounds: Sequence[float]) -> None:
+    def __init__(self, bounds: Sequence[float], ends: Sequence[int]) -> None:
+        """`ends`: which of the bounds are told to Prometheus; it is counted by all of them."""
         self._bounds = bounds
+        self._ends = (*ends, len(bounds))
         self._counts = [0] * (len(bounds) + 1)
         self._sum = 0.0
 
@@ -32,9 +34,19 @@ class Series:
     def sum(self) -> float:
         return self._sum
 
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """How many values there were in each of the buckets that it counts by."""
+        return tuple(self._counts)
+
+    @property
+    def total(self) -> int:
+        return sum(self._counts)
+
     def cumulative(self) -> list[int]:
-        """How many values were at most each bound; the last: how many there were."""
-        return list(accumulate(self._counts))
+        """How many values were at most each bound that Prometheus is told; the last: how many there were."""
+        whole = list(accumulate(self._counts))
+        return [whole[end] for end in self._ends]
 
 
 class Histogram(Collector):
@@ -47,13 +59,17 @@ class Histogram(Collector):
         labels: Sequence[str] = (),
         *,
         buckets: Sequence[float],
+        fine: Sequence[float] = (),
         registry: CollectorRegistry,
     ) -> None:
+        """`fine`: bounds to count by, with the buckets' own among them, for who needs more than Prometheus is told."""
         self.name = name
         self._documentation = documentation
         self._labels = tuple(labels)
-        self._bounds = tuple(float(bound) for bound in buckets)
-        self._les = [floatToGoString(bound) for bound in (*self._bounds, float("inf"))]
+        told = tuple(float(bound) for bound in buckets)
+        self._bounds = tuple(float(bound) for bound in fine) or told
+        self._ends = [self._bounds.index(bound) for bound in told]
+        self._les = [floatToGoString(bound) for bound in (*told, float("inf"))]
         self._series: dict[tuple[str, ...], Series] = {}
         self._texts: dict[tuple[str, ...], list[str]] = {}
         self._alone = None if labels else self.labels()
@@ -65,13 +81,24 @@ class Histogram(Collector):
         if series is None:
             if len(values) != len(self._labels):
                 raise ValueError(f"{self.name} has the labels {self._labels}, not {len(values)} of them")
-            series = self._series[values] = Series(self._bounds)
+            series = self._series[values] = Series(self._bounds, self._ends)
         return series
 
     def observe(self, value: float, count: int = 1) -> None:
         """Only for a histogram without labels."""
         assert self._alone is not None, f"{self.name} has labels"
         self._alone.observe(value, count)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """How many values there were in each bucket that it counts by; only for a histogram without labels."""
+        assert self._alone is not None, f"{self.name} has labels"
+        return self._alone.counts
+
+    @property
+    def total(self) -> int:
+        """How many values there were, whatever their labels."""
+        return sum(series.total for series in self._series.values())
 
     def describe(self) -> Iterator[HistogramMetricFamily]:
         yield HistogramMetricFamily(self.name, self._documentation, labels=self._labels)

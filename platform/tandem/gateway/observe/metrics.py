@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector, disable_created_metrics
 
+from tandem.core.traffic import BOUNDS
 from tandem.gateway.observe.metric_types import Bounded, Histogram, Registry
 
 _FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 40, 80, 160)
@@ -198,12 +199,14 @@ class Metrics:
             "tandem_time_to_first_token_seconds",
             "From the request's arrival to its first token.",
             buckets=_FIRST,
+            fine=BOUNDS,
             registry=registry,
         )
         self.between = Histogram(
             "tandem_inter_token_latency_seconds",
             "Between tokens of a stream; tokens that arrive together share the time.",
             buckets=_BETWEEN,
+            fine=BOUNDS,
             registry=registry,
         )
         self.duration = Histogram(
@@ -293,6 +296,12 @@ class Metrics:
         )
         self.groups = Gauge(
             "tandem_groups", "Groups that the gateway knows, by role and state.", ["role", "state"], registry=registry
+        )
+        self.planned = Gauge(
+            "tandem_planning_wanted_groups",
+            "Groups that autoscaling wants, by role; where Kubernetes' operator decides, it has metrics of its own.",
+            ["role"],
+            registry=registry,
         )
         self.group_rooms = Gauge(
             "tandem_group_open_rooms",

@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
-from tandem.core.types import FleetSnapshot, GatewayReplica, Group, GroupSpec
+from tandem.core.types import FleetSnapshot, GatewayReplica, Group, GroupSpec, PoolPlan
 from tandem.state import Store
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class _Record(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FleetView:
-    """Reads `groups/`, `desired/`, `gateways/` and `fleet`; tells its listeners of every change of a group."""
+    """Reads `groups/`, `desired/`, `gateways/`, `planning/`, `fleet`; tells its listeners of each change of a group."""
 
     def __init__(
         self, store: Store, listeners: Sequence[GroupListener], *, on_change: Callable[[], None] = lambda: None
@@ -45,6 +45,7 @@ class FleetView:
         self._groups: dict[str, Group] = {}
         self._desired: dict[str, GroupSpec] = {}
         self._gateways: dict[str, GatewayReplica] = {}
+        self._plans: dict[str, PoolPlan] = {}
         self._record = _Record()
         self._revision = 0
 
@@ -71,6 +72,7 @@ class FleetView:
             desired=tuple(self._desired[name] for name in sorted(self._desired)),
             gateways=tuple(self._gateways[name] for name in sorted(self._gateways)),
             revision=self._revision,
+            plans=tuple(self._plans[name] for name in sorted(self._plans)),
         )
 
     def _take(self, key: str, value: bytes | None, version: int) -> None:
@@ -83,6 +85,8 @@ class FleetView:
                 _set(self._desired, key, name, value, GroupSpec)
             case "gateways":
                 _set(self._gateways, key, name, value, GatewayReplica)
+            case "planning":
+                _set(self._plans, key, name, value, PoolPlan)
             case "fleet":
                 self._record = _decode(key, value, _Record) or _Record()
 

@@ -1,0 +1,137 @@
+"""Brings children to what was rendered, by server-side apply, and only where they differ: a second pass writes nothing.
+
+What was rendered last is remembered in an annotation, as a hash: a field that is not rendered any more would not be
+missed otherwise. Objects of the same name with another controller are left alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from tandem_operator.api import GROUP
+from tandem_operator.cache import Cache
+from tandem_operator.compare import covers
+from tandem_operator.kube import Kube, KubeError
+from tandem_operator.metrics import WRITES
+from tandem_operator.names import Key, Kind, Object, leaving, owned, owner
+
+APPLIED = f"{GROUP}/applied"
+
+
+class NotOurs(Exception):
+    """An object of the name that a child should have belongs to somebody else."""
+
+    def __init__(self, key: Key, owner: str) -> None:
+        super().__init__(f"{key} is controlled by {owner}: delete it, or give this fleet another name")
+
+
+class Busy(Exception):
+    """An object of the name that a child should have is still being deleted."""
+
+    def __init__(self, key: Key) -> None:
+        super().__init__(f"{key} is still being deleted; the new one is made when it is gone")
+
+
+def digest(value: object) -> str:
+    """Short hash of what was rendered."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def stamped(obj: Object) -> Object:
+    """The same with the hash of what it says."""
+    meta = obj["metadata"]
+    return {**obj, "metadata": {**meta, "annotations": {**meta.get("annotations", {}), APPLIED: digest(obj)}}}
+
+
+def without_empty(value: Any) -> Any:
+    """The same without fields that are the empty string: servers before 1.21 take those for null and refuse them."""
+    if isinstance(value, dict):
+        return {name: without_empty(inner) for name, inner in value.items() if inner != ""}
+    if isinstance(value, list):
+        return [without_empty(inner) for inner in value]
+    return value
+
+
+def difference(live: Object, wanted: Object) -> Object:
+    """The merge patch that makes `wanted` of `live`; empty if they are the same. What is not in `wanted` goes away."""
+    change: Object = {name: None for name in live if name not in wanted}
+    for name, value in wanted.items():
+        known = live.get(name)
+        if isinstance(value, dict) and isinstance(known, dict):
+            if inner := difference(known, value):
+                change[name] = inner
+        elif known != value:
+            change[name] = value
+    return change
+
+
+class Applier:
+    """Writes to the server and to the cache, so that the next look sees what was written."""
+
+    def __init__(self, kube: Kube, cache: Cache, watched: Collection[Kind]) -> None:
+        """`watched`: the kinds that the cache has; others are asked for."""
+        self.kube = kube
+        self.cache = cache
+        self.watched = watched
+
+    async def ensure(self, key: Key, obj: Object, parent: Object, *, keep: Mapping[str, object] | None = None) -> bool:
+        """Let a child of `parent` be as rendered; return whether something was written.
+
+        `keep`: fields of its spec that belong to others, with the values they have now: they are said along with the
+        rest if the child is still the one that is known (KubeError 409 otherwise), since a field that is left out
+        would be taken away. Raises NotOurs and Busy.
+        """
+        live = self.cache.get(key) if key.kind in self.watched else await self.kube.get(key)
+        if live is not None and leaving(live):
+            raise Busy(key)
+        if live is not None and not owned(live, parent) and (other := owner(live)) is not None:
+            raise NotOurs(key, f"{other['kind']} {other['name']} ({other['uid']})")
+        wanted = stamped(obj)
+        if live is not None and covers(live, wanted):
+            return False
+        if keep:
+            meta = dict(wanted["metadata"])
+            if live is not None:
+                meta["resourceVersion"] = live["metadata"]["resourceVersion"]
+            wanted = {**wanted, "metadata": meta, "spec": {**wanted["spec"], **keep}}
+        try:
+            self._note(key, await self.kube.apply(key, wanted))
+        except KubeError as error:
+            if error.status != 422 or live is None or key.kind.plural not in ("statefulsets", "services"):
+                raise
+            # A field that cannot be changed. Its pods stay, and the new one adopts them.
+            await self.kube.delete(key, live["metadata"]["uid"], orphan=True)
+            raise Busy(key) from error
+        WRITES.labels(key.kind.kind).inc()
+        return True
+
+    async def patch(self, key: Key, change: Object, *, part: str = "") -> Object:
+        """Merge a change into an object and note the outcome."""
+        answer = await self.kube.patch(key, change, part=part)
+        WRITES.labels(key.kind.kind).inc()
+        if part != "scale":
+            self._note(key, answer)
+        return answer
+
+    async def status(self, key: Key, obj: Object, status: Object) -> bool:
+        """Let an object's status be this, if it is not; return whether something was written."""
+        if not (change := difference(obj.get("status") or {}, without_empty(status))):
+            return False
+        await self.patch(key, {"status": change}, part="status")
+        return True
+
+    async def remove(self, key: Key, parent: Object) -> bool:
+        """Delete a child of `parent` if it is there; return whether that was done now."""
+        live = self.cache.get(key)
+        if live is None or leaving(live) or not owned(live, parent):
+            return False
+        await self.kube.delete(key, live["metadata"]["uid"])
+        WRITES.labels(key.kind.kind).inc()
+        return True
+
+    def _note(self, key: Key, answer: Object) -> None:
+        if key.kind in self.watched:
+            self.cache.put(key.kind, answer)

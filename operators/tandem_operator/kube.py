@@ -1,0 +1,174 @@
+"""Calls to the Kubernetes API: JSON in and out, over the official client's transport. Every call has a deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+from typing import Any
+from urllib.parse import quote, urlencode
+
+import aiohttp
+import kopf
+from kubernetes.aio import client as kubernetes_client
+from kubernetes.aio import config as kubernetes_config
+
+from tandem_operator.names import FLEET_LABEL, MANAGER, OWN, Key, Kind, Object
+
+_DEADLINE_S = 15.0
+_SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount/token"
+
+
+class KubeError(Exception):
+    """The API server refused, or did not answer (`status` 0). The message says what was asked and why it failed."""
+
+    def __init__(self, message: str, status: int, reason: str = "") -> None:
+        super().__init__(message)
+        self.status = status
+        self.reason = reason
+
+
+class Kube:
+    """A connection to the API server."""
+
+    def __init__(self, client: Any) -> None:
+        """Use the credentials and connections of an `ApiClient` of `kubernetes.aio`, whose calls have no types."""
+        self._client = client
+        self.reached_at = 0.0
+        """When the server last answered, on the loop's clock."""
+
+    async def close(self) -> None:
+        """End the connections."""
+        await self._client.close()
+
+    async def credentials(self) -> kopf.ConnectionInfo:
+        """The same for kopf's watches, as they are now: a service account's token changes every hour."""
+        headers: dict[str, str] = {}
+        await self._client.update_params_for_auth(headers, [], ["BearerToken"], "", "GET", None)
+        scheme, _, token = headers.get("authorization", headers.get("Authorization", "")).partition(" ")
+        known = self._client.configuration
+        return kopf.ConnectionInfo(
+            server=known.host,
+            ca_path=known.ssl_ca_cert,
+            ca_data=known.ca_cert_data,
+            insecure=not known.verify_ssl,
+            scheme=scheme or None,
+            token=token or None,
+            certificate_path=known.cert_file,
+            private_key_path=known.key_file,
+        )
+
+    async def get(self, key: Key) -> Object | None:
+        """The object now, straight from the server; None = there is none."""
+        try:
+            return await self._call("GET", _path(key))
+        except KubeError as error:
+            if error.status == 404:
+                return None
+            raise
+
+    async def list(self, kind: Kind, namespace: str | None) -> Object:
+        """All objects of a kind (of fleets, if the kind is not the operator's own); None = of all namespaces."""
+        where = kind.path + (f"/namespaces/{quote(namespace)}" if namespace else "")
+        selector = {} if kind in OWN else {"labelSelector": FLEET_LABEL}
+        return await self._call("GET", f"{where}/{kind.plural}", query=selector)
+
+    async def apply(self, key: Key, obj: Object) -> Object:
+        """Server-side apply as the operator's field manager, with force: what it says holds."""
+        meta = {**obj.get("metadata", {}), "name": key.name, "namespace": key.namespace}
+        return await self._call(
+            "PATCH",
+            _path(key),
+            query={"fieldManager": MANAGER, "force": "true"},
+            body={"apiVersion": key.kind.api_version, "kind": key.kind.kind, **obj, "metadata": meta},
+            content="application/apply-patch+yaml",
+        )
+
+    async def patch(self, key: Key, change: Object, *, part: str = "") -> Object:
+        """Merge `change` into the object, or into its `part` (status, scale).
+
+        With a resourceVersion in it the server refuses (409) if somebody was faster.
+        """
+        path = _path(key) + (f"/{part}" if part else "")
+        content = "application/merge-patch+json"
+        return await self._call("PATCH", path, query={"fieldManager": MANAGER}, body=change, content=content)
+
+    async def create(self, kind: Kind, namespace: str, obj: Object) -> Object:
+        """Create an object. 409 = there is one of that name."""
+        path = f"{kind.path}/namespaces/{quote(namespace)}/{kind.plural}"
+        body = {"apiVersion": kind.api_version, "kind": kind.kind, **obj}
+        return await self._call("POST", path, query={"fieldManager": MANAGER}, body=body)
+
+    async def replace(self, key: Key, obj: Object) -> Object:
+        """Put an object in the place of the one whose resourceVersion it has; 409 = somebody was faster."""
+        return await self._call("PUT", _path(key), query={"fieldManager": MANAGER}, body=obj)
+
+    async def delete(self, key: Key, uid: str, *, orphan: bool = False) -> None:
+        """Delete the very object of that uid, and what it owns after it (`orphan`: that stays). If it is gone: fine."""
+        body = {"propagationPolicy": "Orphan" if orphan else "Background", "preconditions": {"uid": uid}}
+        try:
+            await self._call("DELETE", _path(key), body=body)
+        except KubeError as error:
+            if error.status not in (404, 409):
+                raise
+
+    async def serves(self, kind: Kind) -> bool:
+        """Whether the server has that kind, in that version."""
+        try:
+            found = await self._call("GET", kind.path)
+        except KubeError as error:
+            if error.status == 404:
+                return False
+            raise
+        return any(entry["name"] == kind.plural for entry in found.get("resources", ()))
+
+    async def _call(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: dict[str, str] | None = None,
+        body: Any = None,
+        content: str = "application/json",
+    ) -> Object:
+        headers = {"Accept": "application/json", "Content-Type": content, "User-Agent": MANAGER}
+        url = f"{self._client.configuration.host}{path}" + (f"?{urlencode(query)}" if query else "")
+        try:
+            async with asyncio.timeout(_DEADLINE_S):
+                await self._client.update_params_for_auth(headers, [], ["BearerToken"], path, method, body)
+                answer = await self._client.rest_client.request(
+                    method, url, headers=headers, body=body, _request_timeout=_DEADLINE_S
+                )
+                text = await answer.read()
+        except TimeoutError as error:
+            raise KubeError(f"{method} {path}: the API server did not answer within {_DEADLINE_S:g} s", 0) from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise KubeError(f"{method} {path}: the API server cannot be reached: {error}", 0) from error
+        self.reached_at = asyncio.get_running_loop().time()
+        if 200 <= answer.status < 300:
+            return json.loads(text)  # type: ignore[no-any-return]
+        reason, message = "", text.decode(errors="replace")[:500]
+        with contextlib.suppress(ValueError, AttributeError):  # not the API server's, but some proxy's answer
+            told = json.loads(text)
+            reason, message = told.get("reason", ""), told.get("message", message)
+        raise KubeError(f"{method} {path}: {answer.status}: {message}", answer.status, reason)
+
+
+async def connect() -> Kube:
+    """Connect with the pod's service account, or else as `kubectl` would. Raises KubeError if there is neither."""
+    configuration = kubernetes_client.Configuration()
+    loader: Any = kubernetes_config
+    try:
+        if os.path.exists(_SERVICE_ACCOUNT):  # noqa: ASYNC240 - once, before anything else
+            loader.load_incluster_config(configuration)
+        else:
+            await loader.load_kube_config(client_configuration=configuration)
+    except kubernetes_config.ConfigException as error:
+        why = f"There are no credentials for a Kubernetes cluster: {error}. Run it in a pod, or set KUBECONFIG."
+        raise KubeError(why, 0) from error
+    return Kube(kubernetes_client.ApiClient(configuration))
+
+
+def _path(key: Key) -> str:
+    return f"{key.kind.path}/namespaces/{quote(key.namespace)}/{key.kind.plural}/{quote(key.name)}"

@@ -1,0 +1,21 @@
+"""What the operator counts, for Prometheus."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+LEADER = Gauge("tandem_operator_leader", "Whether this replica is the one that acts.")
+RECONCILES = Counter("tandem_operator_reconciles", "Looks at an object.", ("kind", "result"))
+SECONDS = Histogram("tandem_operator_reconcile_seconds", "Duration of a look at an object.", ("kind",))
+WRITES = Counter("tandem_operator_writes", "Changes of objects.", ("kind",))
+DECISIONS = Counter(
+    "tandem_operator_planning_decisions",
+    "Changes of the number of groups.",
+    ("namespace", "fleet", "role", "direction"),
+)
+WANTED = Gauge("tandem_operator_pool_groups_wanted", "Groups that planning wants.", ("namespace", "fleet", "role"))
+READY = Gauge("tandem_operator_pool_groups_ready", "Groups that are ready.", ("namespace", "fleet", "role"))
+CONTROL = Gauge(
+    "tandem_operator_control_reachable", "Whether a fleet's control service answers.", ("namespace", "fleet")
+)
+WAITING = Gauge("tandem_operator_queue_length", "Objects that wait to be looked at.")

@@ -1,0 +1,194 @@
+"""The operator as a whole: elected, it lists and watches, works through its queue, and plans."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Awaitable, Callable, Collection
+
+import kopf
+
+from tandem_operator.apply import Applier
+from tandem_operator.cache import Cache
+from tandem_operator.control import Links
+from tandem_operator.events import Recorder
+from tandem_operator.health import Health, serve_health
+from tandem_operator.kube import Kube, KubeError, connect
+from tandem_operator.lease import LeaderLease
+from tandem_operator.metrics import LEADER, RECONCILES, SECONDS, WAITING
+from tandem_operator.names import EP_GROUP, FLEET, LEASE, OWN, POOLS, Key, Kind
+from tandem_operator.reconcile.context import Context, find_budget
+from tandem_operator.reconcile.fleet import reconcile_fleet
+from tandem_operator.reconcile.group import reconcile_group
+from tandem_operator.reconcile.pools import reconcile_pools
+from tandem_operator.reconcile.scaling import Planner
+from tandem_operator.watch import Feed, watched
+from tandem_operator.workqueue import WorkQueue
+
+_log = logging.getLogger(__name__)
+
+WORKERS = 8
+RESYNC_S = 30.0
+_ONE_LOOK_S = 120.0
+"""A look at an object that takes longer is given up and begun again."""
+_RETRY_S = 2.0
+
+Reconciler = Callable[[Context, Key], Awaitable[float | None]]
+RECONCILERS: dict[Kind, Reconciler] = {FLEET: reconcile_fleet, POOLS: reconcile_pools, EP_GROUP: reconcile_group}
+
+
+class LeadershipLost(Exception):
+    """Another replica leads, or may: this one must not write any more."""
+
+
+async def run(
+    *, namespaces: Collection[str], port: int, lease: str, lease_namespace: str, identity: str, lease_s: float
+) -> None:
+    """Run until told to stop (SIGTERM). Raises LeadershipLost, and KubeError if there are no credentials."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    kube = await connect()
+    health = Health()
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(kube.close)
+        await stack.enter_async_context(serve_health(health, port))
+        election = LeaderLease(kube, Key(LEASE, lease_namespace, lease), identity, duration=lease_s)
+        health.ready = True  # as a standby it does what it should
+        if not await _unless(stop, election.acquire()):
+            return
+        LEADER.set(1)
+        stack.callback(LEADER.set, 0)
+        try:
+            await _lead(kube, election, health, namespaces, identity, stop)
+        except LeadershipLost:
+            raise
+        except BaseException:
+            await election.release()
+            raise
+        await election.release()
+
+
+async def _lead(
+    kube: Kube, election: LeaderLease, health: Health, namespaces: Collection[str], identity: str, stop: asyncio.Event
+) -> None:
+    held = asyncio.create_task(election.hold(), name="tandem-lease")
+    work = asyncio.create_task(_work(kube, health, namespaces, identity, stop), name="tandem-operator")
+    stopped = asyncio.create_task(stop.wait(), name="tandem-stop")
+    tasks = (held, work, stopped)
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        lost = held.done()
+    finally:
+        for task in tasks:
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+    if lost:
+        raise LeadershipLost("The lease was lost; this replica stops, and begins again as a standby.")
+    if isinstance(results[1], Exception):
+        raise results[1]
+
+
+async def _work(kube: Kube, health: Health, namespaces: Collection[str], identity: str, stop: asyncio.Event) -> None:
+    """Do what an operator does, until cancelled."""
+    budget = await _once_served(kube)
+    cache, queue = Cache(), WorkQueue[Key]()
+    feed: Feed | None = None
+
+    def news(namespace: str, fleet: str) -> None:
+        assert feed is not None, "links are opened by reconcilers, which begin later"
+        feed.fleet_changed(namespace, fleet)
+
+    links = Links(news)
+    ctx = Context(kube, cache, Applier(kube, cache, watched(budget)), queue, links, Recorder(kube, identity), budget)
+    feed = Feed(ctx, namespaces)
+    planner = Planner(ctx)
+    try:
+        # A cache that has not everything would have children made twice, or groups drained that are wanted.
+        while True:
+            try:
+                await feed.relist()
+                break
+            except KubeError as error:
+                _log.warning("The first listing failed, it is tried again: %s", error)
+                await asyncio.sleep(_RETRY_S)
+        health.beat = lambda: kube.reached_at
+        async with asyncio.TaskGroup() as tasks:
+            for number in range(WORKERS):
+                tasks.create_task(_worker(ctx, planner), name=f"tandem-worker-{number}")
+            tasks.create_task(feed.relist_forever(RESYNC_S), name="tandem-relist")
+            tasks.create_task(_watch(feed, namespaces, stop), name="tandem-watch")
+    finally:
+        queue.close()
+        await planner.close()
+        await links.close_all()
+
+
+async def _watch(feed: Feed, namespaces: Collection[str], stop: asyncio.Event) -> None:
+    """kopf's watches. They go on through whatever happens; kopf raises, or ends since it took the signal to stop."""
+    await kopf.operator(
+        registry=feed.registry(),
+        settings=feed.settings(),
+        standalone=True,
+        clusterwide=not namespaces,
+        namespaces=tuple(namespaces),
+    )
+    stop.set()
+
+
+async def _worker(ctx: Context, planner: Planner) -> None:
+    while True:
+        key = await ctx.queue.get()
+        WAITING.set(len(ctx.queue))
+        began = time.perf_counter()
+        try:
+            async with asyncio.timeout(_ONE_LOOK_S):
+                again = await RECONCILERS[key.kind](ctx, key)
+        except Exception as error:  # noqa: BLE001 - one object's trouble must not end the work on the others
+            delay = ctx.queue.failed(key)
+            conflict = isinstance(error, KubeError) and error.status == 409
+            RECONCILES.labels(key.kind.kind, "conflict" if conflict else "error").inc()
+            if conflict:  # somebody was faster: look again at what is there now
+                _log.info("%s: has changed meanwhile, again in %.1f s: %s", key, delay, error)
+            else:
+                expected = isinstance(error, KubeError | TimeoutError)
+                _log.warning("%s: failed, again in %.1f s: %s", key, delay, error, exc_info=not expected)
+        else:
+            ctx.queue.done(key)
+            RECONCILES.labels(key.kind.kind, "done").inc()
+            if again is not None:
+                ctx.queue.add_after(key, again)
+        SECONDS.labels(key.kind.kind).observe(time.perf_counter() - began)
+        if key.kind is FLEET:
+            planner.look()
+
+
+async def _once_served(kube: Kube) -> Kind | None:
+    """Wait until the server has our resources; return its kind of PodDisruptionBudget."""
+    while True:
+        try:
+            missing = [kind.plural for kind in OWN if not await kube.serves(kind)]
+            if not missing:
+                return await find_budget(kube)
+            _log.warning("The cluster has no %s: install the CRDs of the chart. Waiting.", ", ".join(missing))
+        except KubeError as error:
+            _log.warning("The API server cannot be asked what it serves: %s", error)
+        await asyncio.sleep(_RETRY_S)
+
+
+async def _unless(stop: asyncio.Event, wanted: Awaitable[None]) -> bool:
+    """Wait for `wanted`; False = told to stop first."""
+    task, stopped = asyncio.ensure_future(wanted), asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait((task, stopped), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            await task
+        return task.done()
+    finally:
+        for one in (task, stopped):
+            one.cancel()
+        await asyncio.gather(task, stopped, return_exceptions=True)

@@ -1,0 +1,70 @@
+"""What every reconciler needs."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tandem_operator.apply import Applier
+from tandem_operator.cache import Cache
+from tandem_operator.conditions import Told, conditions
+from tandem_operator.control import Links
+from tandem_operator.events import Recorder
+from tandem_operator.kube import Kube
+from tandem_operator.names import BUDGET, BUDGET_BETA, FLEET, Key, Kind, Object, leaving
+from tandem_operator.workqueue import WorkQueue
+
+
+@dataclass
+class Context:
+    """The operator's hands and eyes."""
+
+    kube: Kube
+    cache: Cache
+    applier: Applier
+    queue: WorkQueue[Key]
+    links: Links
+    recorder: Recorder
+    budget: Kind | None
+    """The server's kind of PodDisruptionBudget, if it has one."""
+    orphans: dict[tuple[str, str, str], float] = field(default_factory=dict)
+    """Groups that a fleet has and Kubernetes has not, with since when (Unix seconds)."""
+
+    def now(self) -> float:
+        """Unix seconds."""
+        return time.time()
+
+    def fleet_of(self, obj: Object) -> Object | None:
+        """The Fleet of a pool or a group, if there is one that is not being deleted."""
+        fleet = self.cache.get(Key(FLEET, obj["metadata"]["namespace"], obj["spec"]["fleet"]))
+        return fleet if fleet is not None and not leaving(fleet) else None
+
+    async def tell_status(self, key: Key, obj: Object, status: Object, told: Sequence[Told]) -> bool:
+        """Write an object's status with these conditions, if it is different; return whether it was."""
+        obj = self.cache.get(key) or obj
+        body = {
+            **status,
+            "observedGeneration": obj["metadata"].get("generation", 0),
+            "conditions": conditions(obj, told, rfc3339(self.now())),
+        }
+        return await self.applier.status(key, obj, body)
+
+
+def rfc3339(at: float) -> str:
+    """Unix seconds as Kubernetes writes times."""
+    return datetime.datetime.fromtimestamp(at, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def unix(stamp: str) -> float:
+    """Kubernetes' time as Unix seconds."""
+    return datetime.datetime.fromisoformat(stamp).timestamp()
+
+
+async def find_budget(kube: Kube) -> Kind | None:
+    """The newest kind of PodDisruptionBudget that the server has."""
+    for kind in (BUDGET, BUDGET_BETA):
+        if await kube.serves(kind):
+            return kind
+    return None

@@ -1,0 +1,263 @@
+"""A group: its pods, its wish in the fleet, its status; and its drain before it goes."""
+
+from __future__ import annotations
+
+import msgspec
+
+from tandem.core.types import EngineSettings, FleetSnapshot, Group, GroupState, Rank
+from tandem.core.types import GroupSpec as Wish
+from tandem.fleet.control_client import ControlError
+from tandem_operator.api.fleet import FleetSpec
+from tandem_operator.api.pool import GroupSpec
+from tandem_operator.apply import Busy, NotOurs
+from tandem_operator.conditions import Told, told
+from tandem_operator.control import FleetLink
+from tandem_operator.kube import KubeError
+from tandem_operator.names import (
+    COSCHEDULING_GANG,
+    DRAIN_FINALIZER,
+    EP_GROUP,
+    FORCE_DRAIN,
+    POOL,
+    STATEFUL_SET,
+    VOLCANO_GANG,
+    Key,
+    Object,
+    leaving,
+)
+from tandem_operator.reconcile.context import Context, rfc3339, unix
+from tandem_operator.render.config import SpecError, fleet_spec
+from tandem_operator.render.group import group_children
+
+_AGAIN_S = 2.0
+_PHASES = {
+    GroupState.STARTING: "Starting",
+    GroupState.READY: "Ready",
+    GroupState.CORDONED: "Cordoned",
+    GroupState.DRAINING: "Draining",
+    GroupState.FAILED: "Failed",
+    GroupState.GONE: "Gone",
+}
+
+
+async def reconcile_group(ctx: Context, key: Key) -> float | None:
+    """Bring a group closer to its spec; return in how many seconds to look again, None = when something changes."""
+    group = ctx.cache.get(key)
+    if group is None:
+        return None
+    spec = GroupSpec.model_validate(group["spec"])
+    if leaving(group):
+        return await _leave(ctx, key, group, spec)
+    fleet = ctx.fleet_of(group)
+    if fleet is None:
+        return None  # its pool goes, and this one with it
+    try:
+        fleet_says = fleet_spec(fleet["spec"])
+    except SpecError:
+        return None  # told of the Fleet
+    link = ctx.links.open(key.namespace, spec.fleet)
+    trouble: list[str] = []
+    if not fleet_says.paused and fleet_says.ray.address is None:
+        for child, body in group_children(group, spec, fleet_says.redis.url_secret).items():
+            try:
+                await ctx.applier.ensure(child, body, group)
+            except (NotOurs, Busy) as error:
+                trouble.append(str(error))
+            except KubeError as error:
+                if error.status != 404 or child.kind not in (VOLCANO_GANG, COSCHEDULING_GANG):
+                    raise
+                trouble.append(f"the cluster has no {child.kind.plural}.{child.kind.group}: install that scheduler")
+    again = _AGAIN_S if trouble else None
+    if link.reachable and not fleet_says.paused:
+        try:
+            await _put(link, spec)
+        except ControlError as error:
+            trouble.append(f"the fleet does not take it: {error}")
+            await ctx.recorder.tell(EP_GROUP, group, "Refused", str(error), type_="Warning")
+            again = _AGAIN_S
+    await _tell(ctx, key, group, spec, link, trouble)
+    return again
+
+
+def wish_of(spec: GroupSpec) -> Wish:
+    """What the fleet is told of a group."""
+    template = spec.template
+    return Wish(
+        group=spec.group,
+        role=spec.role,
+        nodes=spec.nodes,
+        gpus_per_node=spec.gpus_per_node,
+        cordoned=spec.cordoned,
+        revision=spec.revision,
+        kv_format=template.kv_format,
+        engine=EngineSettings(
+            args=template.args,
+            env=dict(template.env),
+            redundant_experts=template.redundant_experts,
+            max_total_tokens=template.max_total_tokens,
+        ),
+    )
+
+
+async def _put(link: FleetLink, spec: GroupSpec) -> None:
+    """Let the fleet have the group as it should be. One that drains (its pod was evicted) is put again once it is gone.
+
+    Its weights are the fleet's business, and are left as they are.
+    """
+    assert link.snapshot is not None, "a reachable fleet has told what it is"
+    wanted = wish_of(spec)
+    known = next((wish for wish in link.snapshot.desired if wish.group == spec.group), None)
+    if known is not None:
+        if known.draining:
+            return
+        same = {"weights_path": known.weights_path, "weight_version": known.weight_version}
+        if msgspec.structs.replace(wanted, **same) == known:
+            return
+        wanted = msgspec.structs.replace(wanted, **same)
+    async with link.client() as client:
+        await client.put_group(wanted)
+
+
+# -- leaving
+
+
+async def _leave(ctx: Context, key: Key, group: Object, spec: GroupSpec) -> float | None:
+    """Drain, and let the object go when the fleet does not have the group any more."""
+    if DRAIN_FINALIZER not in (group["metadata"].get("finalizers") or ()):
+        return None  # others still hold it
+    fleet = ctx.fleet_of(group)
+    if fleet is None:
+        # The whole fleet goes, its head perhaps first: nobody is left to serve.
+        await _let_go(ctx, key, group, "")
+        return None
+    try:
+        fleet_says = fleet_spec(fleet["spec"])
+    except SpecError:
+        fleet_says = None
+    drain_s = fleet_says.timeouts.drain_s if fleet_says else 120.0
+    link = ctx.links.open(key.namespace, spec.fleet)
+    asked_at = unix(group["metadata"]["deletionTimestamp"])
+    if not link.reachable:
+        away = min(link.away_s, ctx.now() - asked_at)
+        if away > drain_s:
+            why = f"The control service has been away for {away:.0f} s ({link.why}): it goes without a drain."
+            await _let_go(ctx, key, group, why)
+            return None
+        wait = told("Drained", False, "ControlUnreachable", f"Waits for the control service: {link.why}")
+        await _tell_leaving(ctx, key, group, spec, None, wait)
+        return _AGAIN_S
+    try:
+        async with link.client() as client:
+            snapshot = await client.fleet()  # fresh: it must not be older than our own wish for the group
+            wish = next((wish for wish in snapshot.desired if wish.group == spec.group), None)
+            there = next((found for found in snapshot.groups if found.group == spec.group), None)
+            if wish is None and there is None:
+                await _let_go(ctx, key, group, "")
+                return None
+            if wish is not None and not wish.draining:
+                wish = await client.drain(spec.group, drain_s, force=_forced(ctx, group, fleet_says))
+                message = f"{spec.group} drains: its streams end or move to other groups within {drain_s:g} s."
+                await ctx.recorder.tell(EP_GROUP, group, "Draining", message)
+    except ControlError as error:
+        reason = "StillNeeded" if error.code == "FAILED_PRECONDITION" else "ControlError"
+        await ctx.recorder.tell(EP_GROUP, group, reason, str(error), type_="Warning")
+        await _tell_leaving(ctx, key, group, spec, link.snapshot, told("Drained", False, reason, str(error)))
+        return _AGAIN_S
+    message = there.reason if there is not None else "is about to leave"
+    deadline = wish.drain_deadline if wish is not None else 0.0
+    wait = told("Drained", False, "Draining", message)
+    await _tell_leaving(ctx, key, group, spec, snapshot, wait, deadline)
+    return _AGAIN_S
+
+
+def _forced(ctx: Context, group: Object, fleet: FleetSpec | None) -> bool:
+    """Whether it leaves although it is the last one of its role: nobody wants that role, or somebody says so."""
+    if (group["metadata"].get("annotations") or {}).get(FORCE_DRAIN) == "true":
+        return True
+    pool = ctx.cache.get(Key(POOL, group["metadata"]["namespace"], group["spec"]["pool"]))
+    return pool is not None and not leaving(pool) and pool["spec"].get("replicas") == 0
+
+
+async def _let_go(ctx: Context, key: Key, group: Object, why: str) -> None:
+    """Take our finalizer off: the object goes, and its pods after it."""
+    if why:
+        await ctx.recorder.tell(EP_GROUP, group, "NotDrained", why, type_="Warning")
+    meta = group["metadata"]
+    rest = [name for name in meta["finalizers"] if name != DRAIN_FINALIZER]
+    change = {"metadata": {"resourceVersion": meta["resourceVersion"], "finalizers": rest or None}}
+    await ctx.applier.patch(key, change)
+
+
+async def _tell_leaving(
+    ctx: Context,
+    key: Key,
+    group: Object,
+    spec: GroupSpec,
+    snapshot: FleetSnapshot | None,
+    wait: Told,
+    deadline: float = 0.0,
+) -> None:
+    there = _found(snapshot, spec.group)
+    status = {**_status(group, spec, there), "phase": "Draining"}
+    status["drainDeadline"] = rfc3339(deadline) if deadline else ""
+    await ctx.tell_status(key, group, status, [told("Ready", False, "Leaving", "It is being deleted."), wait])
+
+
+# -- status
+
+
+async def _tell(ctx: Context, key: Key, group: Object, spec: GroupSpec, link: FleetLink, trouble: list[str]) -> None:
+    there = _found(link.snapshot, spec.group) if link.reachable else None
+    status = _status(group, spec, there)
+    stateful = ctx.cache.get(Key(STATEFUL_SET, key.namespace, key.name)) or {}
+    joined = int((stateful.get("status") or {}).get("readyReplicas") or 0)
+    pods = told(
+        "PodsReady",
+        joined >= spec.nodes,
+        "Joined" if joined >= spec.nodes else "Waiting",
+        f"{joined} of {spec.nodes} pods have joined the Ray cluster.",
+    )
+    if not link.reachable:
+        ready = told("Ready", None, "ControlUnreachable", link.why)
+        if (known := group.get("status")) and known.get("state"):
+            status = {**known, "readyRanks": known.get("readyRanks", "")}  # the last that was known
+    elif there is None:
+        ready = told("Ready", False, "NotStarted", "The fleet has not begun to start it.")
+    else:
+        is_ready = there.state is GroupState.READY
+        ready = told("Ready", is_ready, _PHASES[there.state], there.reason)
+    found = [ready, pods]
+    found.append(told("Degraded", bool(trouble), "Trouble" if trouble else "AsExpected", "; ".join(trouble)[:1000]))
+    await ctx.tell_status(key, group, status, found)
+
+
+def _found(snapshot: FleetSnapshot | None, group: str) -> Group | None:
+    return next((found for found in (snapshot.groups if snapshot else ()) if found.group == group), None)
+
+
+def _status(group: Object, spec: GroupSpec, there: Group | None) -> Object:
+    ranks = there.ranks if there is not None else ()
+    ready = sum(rank.state == "ready" for rank in ranks)
+    status: Object = {
+        "phase": _PHASES[there.state] if there is not None else "Pending",
+        "reason": there.reason if there is not None else "",
+        "epoch": there.epoch if there is not None else 0,
+        "weightVersion": there.weight_version if there is not None else "",
+        "readyRanks": f"{ready}/{spec.nodes}",
+        "ranks": [_rank(rank) for rank in ranks],
+        "load": (group.get("status") or {}).get("load") or {"running": 0, "waiting": 0, "kvUse": 0.0},
+        "drainDeadline": "",
+    }
+    if there is not None:
+        status["state"] = there.state.value
+    return status
+
+
+def _rank(rank: Rank) -> Object:
+    return {
+        "rank": rank.rank,
+        "pod": rank.pod,
+        "node": rank.kube_node or rank.node,
+        "state": rank.state.value,
+        "detail": rank.detail,
+    }

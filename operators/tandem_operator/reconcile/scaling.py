@@ -1,0 +1,211 @@
+"""Autoscaling: looks at a fleet's load every tick, asks `core/planning.py`, and writes what it says.
+
+Both pools are planned together, since they share GPUs. A number is written through the scale subresource of the very
+pool that was looked at, so that a `kubectl scale` in between is not undone: that is seen at the next tick, and stands.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import msgspec
+
+from tandem.core.planning import plan
+from tandem.core.planning_types import GroupLoad, Observation, PlanPolicy, PlanState, PoolDecision, PoolView, Window
+from tandem.core.planning_view import pool_view, queue_of, window_of
+from tandem.core.traffic import TrafficHistory
+from tandem.core.types import DpLoad, FleetSnapshot, Role
+from tandem.fleet.control_client import ControlError
+from tandem_operator.api.fleet import FleetSpec
+from tandem_operator.api.pool import PoolSpec
+from tandem_operator.apply import difference, without_empty
+from tandem_operator.control import FleetLink
+from tandem_operator.kube import KubeError
+from tandem_operator.metrics import DECISIONS, WANTED
+from tandem_operator.names import (
+    EP_GROUP,
+    FLEET,
+    FLEET_LABEL,
+    POOL,
+    Key,
+    Object,
+    key_of,
+    leaving,
+    pool_name,
+)
+from tandem_operator.reconcile.context import Context, rfc3339
+from tandem_operator.render.config import SpecError, fleet_spec
+from tandem_operator.render.policy import plan_policy
+
+_log = logging.getLogger(__name__)
+_TELL_S = 15.0
+"""Load and service in the status are as old as this: each change is a write to the API server."""
+
+
+class Planner:
+    """The planning of all fleets, each in a task of its own."""
+
+    def __init__(self, ctx: Context) -> None:
+        self._ctx = ctx
+        self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
+
+    def look(self) -> None:
+        """Begin to plan for new fleets, and end it for those that are gone."""
+        fleets = {(obj["metadata"]["namespace"], obj["metadata"]["name"]) for obj in self._ctx.cache.all(FLEET)}
+        for where in fleets - self._tasks.keys():
+            name = f"tandem-planning-{'-'.join(where)}"
+            self._tasks[where] = asyncio.create_task(FleetPlanner(self._ctx, *where).run(), name=name)
+        for where in self._tasks.keys() - fleets:
+            self._tasks.pop(where).cancel()
+
+    async def close(self) -> None:
+        """End all."""
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        self._tasks.clear()
+
+
+class FleetPlanner:
+    """The planning of one fleet. What it remembers is lost with the operator, which costs a cool-down."""
+
+    def __init__(self, ctx: Context, namespace: str, fleet: str) -> None:
+        self._ctx = ctx
+        self._key = Key(FLEET, namespace, fleet)
+        self._state = PlanState()
+        self._history: TrafficHistory | None = None
+        self._loads: dict[str, GroupLoad] = {}
+        self._asked_at: dict[str, float] = {}
+        self._told_at = 0.0
+
+    async def run(self) -> None:
+        """Tick, for as long as the fleet exists."""
+        while True:  # noqa: ASYNC110 - time is what it waits for
+            await asyncio.sleep(await self.tick())
+
+    async def tick(self) -> float:
+        """Look once, whatever comes of it; return the seconds until the next look."""
+        fleet = self._ctx.cache.get(self._key)
+        link = self._ctx.links.get(self._key.namespace, self._key.name)
+        if fleet is None or leaving(fleet) or link is None or not link.reachable:
+            return _IDLE_S
+        try:
+            spec = fleet_spec(fleet["spec"])
+            return await self._look(fleet, spec, link)
+        except SpecError:
+            return _IDLE_S  # told of the Fleet
+        except ControlError as error:
+            _log.warning("The load of fleet %s is not known: %s", self._key, error)
+        except KubeError as error:
+            _log.warning("A decision on fleet %s was not written, it comes again: %s", self._key, error)
+        except Exception:  # noqa: BLE001 - a mistake in one tick must not end the planning
+            _log.exception("The planning of %s failed; it goes on at the next tick.", self._key)
+        return spec.planning.tick_s
+
+    async def _look(self, fleet: Object, spec: FleetSpec, link: FleetLink) -> float:
+        pools = {role: self._pool(role) for role in Role}
+        load = await link.load()
+        now = self._ctx.now()
+        link.loads = load.groups
+        self._loads = {group: GroupLoad(at=now, ranks=ranks) for group, ranks in load.groups.items()}
+        if self._history is None:
+            self._history = TrafficHistory(spec.planning.slow_window_s)
+        self._history.add(load.traffic, now)
+        if any(pool is None for pool in pools.values()):
+            return spec.planning.tick_s
+        found = {role: pool for role, pool in pools.items() if pool is not None}
+        specs = {role: PoolSpec.model_validate(pool["spec"]) for role, pool in found.items()}
+        policy = plan_policy(spec, specs[Role.PREFILL], specs[Role.DECODE])
+        observation = self._observe(policy, specs, link, now)
+        self._state, decision = plan(self._state, observation, policy, now)
+        for role, pool in found.items():
+            await self._carry_out(role, pool, specs[role], decision.of(role))
+        if now - self._told_at >= _TELL_S:
+            self._told_at = now
+            await self._tell(fleet, load.groups, observation.slow)
+        automatic = any(pool.autoscaling is not None for pool in specs.values())
+        return spec.planning.tick_s if automatic else max(spec.planning.tick_s, _TELL_S)
+
+    def _pool(self, role: Role) -> Object | None:
+        pool = self._ctx.cache.get(Key(POOL, self._key.namespace, pool_name(self._key.name, role)))
+        return pool if pool is not None and not leaving(pool) else None
+
+    def _observe(self, policy: PlanPolicy, specs: dict[Role, PoolSpec], link: FleetLink, now: float) -> Observation:
+        snapshot, history = link.snapshot, self._history
+        assert snapshot is not None, "a reachable fleet has told what it is"
+        assert history is not None, "there was a tick"
+        wished = {wish.group for wish in snapshot.desired}
+        self._asked_at = {group: self._asked_at.get(group, now) for group in wished}
+        slow = history.window(policy.slow_window_s, now)
+        fast = history.window(policy.fast_window_s, now)
+        return Observation(
+            prefill=self._view(Role.PREFILL, snapshot, specs),
+            decode=self._view(Role.DECODE, snapshot, specs),
+            fast=window_of(fast, policy),
+            slow=window_of(slow, policy),
+            queue=queue_of(fast or slow),
+        )
+
+    def _view(self, role: Role, snapshot: FleetSnapshot, specs: dict[Role, PoolSpec]) -> PoolView:
+        view = pool_view(role, snapshot.groups, snapshot.desired, self._loads, asked_at=self._asked_at)
+        return msgspec.structs.replace(view, wanted=specs[role].replicas)
+
+    async def _carry_out(self, role: Role, pool: Object, spec: PoolSpec, decision: PoolDecision) -> None:
+        key = key_of(POOL, pool)
+        WANTED.labels(key.namespace, spec.fleet, role).set(decision.wanted)
+        if spec.autoscaling is None:
+            if (pool.get("status") or {}).get("scaling"):
+                await self._ctx.applier.patch(key, {"status": {"scaling": None}}, part="status")
+            return
+        if decision.changed and decision.wanted != spec.replicas:
+            # With the resourceVersion of what was looked at: 409 if somebody has scaled it meanwhile.
+            version = pool["metadata"]["resourceVersion"]
+            change = {"metadata": {"resourceVersion": version}, "spec": {"replicas": decision.wanted}}
+            await self._ctx.applier.patch(key, change, part="scale")
+            direction = "up" if decision.wanted > spec.replicas else "down"
+            DECISIONS.labels(key.namespace, spec.fleet, role, direction).inc()
+            reason = "ScaledUp" if direction == "up" else "ScaledDown"
+            await self._ctx.recorder.tell(POOL, pool, reason, decision.reason)
+        told = {
+            "wanted": decision.wanted,
+            "reason": decision.reason,
+            "since": rfc3339(decision.since) if decision.since else "",
+            "held": decision.held,
+        }
+        live = self._ctx.cache.get(key) or pool
+        if change := difference((live.get("status") or {}).get("scaling") or {}, without_empty(told)):
+            await self._ctx.applier.patch(key, {"status": {"scaling": change}}, part="status")
+
+    async def _tell(self, fleet: Object, loads: dict[str, tuple[DpLoad, ...]], slow: Window | None) -> None:
+        """Write what the service and the groups' loads are, where that is news."""
+        service: Object = {}
+        if slow is not None:
+            kept = [share for share in (slow.ttft_kept, slow.itl_kept) if share is not None]
+            values = {
+                "ttftSeconds": slow.ttft_s,
+                "itlSeconds": slow.itl_s,
+                "attainment": min(kept, default=None),
+                "requestsPerSecond": slow.requests_per_s,
+            }
+            service = {name: _rounded(value) for name, value in values.items() if value is not None}
+        if change := difference((fleet.get("status") or {}).get("slo") or {}, service):
+            await self._ctx.applier.patch(self._key, {"status": {"slo": change}}, part="status")
+        for group in self._ctx.cache.all(EP_GROUP, self._key.namespace, {FLEET_LABEL: self._key.name}):
+            ranks = loads.get(group["spec"]["group"], ())
+            load = {
+                "running": sum(rank.running for rank in ranks),
+                "waiting": sum(rank.waiting for rank in ranks),
+                "kvUse": _rounded(max((rank.token_usage for rank in ranks), default=0.0)),
+            }
+            status = group.get("status") or {}
+            if status and (change := difference(status.get("load") or {}, load)):
+                await self._ctx.applier.patch(key_of(EP_GROUP, group), {"status": {"load": change}}, part="status")
+
+
+_IDLE_S = 2.0
+
+
+def _rounded(value: float) -> float:
+    """To three digits: what is told should not change with every breath."""
+    return float(f"{value:.3g}")

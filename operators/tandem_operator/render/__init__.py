@@ -1,0 +1,1 @@
+"""Children as pure functions of their parents: specs in, Kubernetes objects out."""

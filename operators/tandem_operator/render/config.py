@@ -1,0 +1,106 @@
+"""fleet.json: the configuration that a fleet's own processes read, from the spec of its Fleet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ValidationError
+
+from tandem.config import (
+    ControlConfig,
+    FleetConfig,
+    GatewayConfig,
+    GatewayLimits,
+    ModelConfig,
+    PoolConfig,
+    RayConfig,
+    StateConfig,
+    TlsConfig,
+)
+from tandem_operator.api.fleet import FleetPool, FleetSpec
+from tandem_operator.names import CONTROL_PORT, REDIS_PORT
+from tandem_operator.render.pods import TLS_FOLDER, model_path
+
+
+class SpecError(ValueError):
+    """A spec cannot be used. The message names every mistake by its field in the resource."""
+
+
+def fleet_spec(spec: object) -> FleetSpec:
+    """A Fleet's spec as values. Raises SpecError: the server's schema cannot know every rule."""
+    try:
+        return FleetSpec.model_validate(spec)
+    except ValidationError as error:
+        raise SpecError(sentence(error)) from error
+
+
+def sentence(error: ValidationError) -> str:
+    """All that is wrong, one after the other."""
+    mistakes = []
+    for mistake in error.errors():
+        where = ".".join(("spec", *(str(part) for part in mistake["loc"])))
+        mistakes.append(f"{where}: {mistake['msg'].removeprefix('Value error, ')}")
+    return "; ".join(mistakes)
+
+
+def fleet_config(name: str, namespace: str, spec: FleetSpec) -> FleetConfig:
+    """The configuration. Raises SpecError for what only shows when it is put together.
+
+    It has no groups, and no autoscaling of them: here the operator puts them, with engine settings of their own.
+    """
+    gateway = spec.gateway
+    state = f"redis://{name}-redis.{namespace}.svc:{REDIS_PORT}/0"
+    if spec.redis.url_secret is not None:
+        state = "redis://TANDEM_STATE_URL/0"  # each process gets the real one from the Secret
+    try:
+        return FleetConfig(
+            name=name,
+            device=spec.device,
+            model=ModelConfig(**{**_fields(spec.model, ModelConfig), "path": _path(spec)}),
+            prefill=_pool(spec.prefill),
+            decode=_pool(spec.decode),
+            gateway=GatewayConfig(
+                **_fields(gateway, GatewayLimits),
+                host="0.0.0.0",
+                port=gateway.http_port,
+                grpc_port=gateway.grpc_port,
+                auth=gateway.auth,
+                tls=_tls() if gateway.tls_secret else None,
+            ),
+            control=ControlConfig(host="0.0.0.0", port=CONTROL_PORT),
+            state=StateConfig(url=state),
+            ray=RayConfig(address=spec.ray.address, group_resources=spec.ray.address is None),
+            timeouts=spec.timeouts,
+            tenants=spec.tenants,
+            default_tenant=spec.default_tenant,
+            oidc=spec.oidc,
+            routing=spec.routing.model_copy(update={"ttft_s": spec.slo.ttft_s, "itl_s": spec.slo.itl_s}),
+            admission=spec.admission,
+            idempotency=spec.idempotency,
+            metering=spec.metering,
+            observability=spec.observability,
+        )
+    except ValidationError as error:
+        raise SpecError(sentence(error)) from error
+
+
+def config_json(config: FleetConfig) -> str:
+    """As it stands in the ConfigMap: what differs from the defaults."""
+    return config.model_dump_json(exclude_defaults=True, indent=2)
+
+
+def _path(spec: FleetSpec) -> Path | None:
+    path = model_path(str(spec.model.path) if spec.model.path else None, spec.model.volume)
+    return Path(path) if path else None
+
+
+def _pool(pool: FleetPool) -> PoolConfig:
+    return PoolConfig(groups=0, nodes=pool.nodes, gpus_per_node=pool.gpus_per_node)
+
+
+def _tls() -> TlsConfig:
+    return TlsConfig(certificate=Path(TLS_FOLDER) / "tls.crt", key=Path(TLS_FOLDER) / "tls.key")
+
+
+def _fields(value: BaseModel, kind: type[BaseModel]) -> dict[str, object]:
+    return {name: getattr(value, name) for name in kind.model_fields}

@@ -1,0 +1,236 @@
+"""`tandem node head`: Ray's GCS, the controller and the gateways' deployment, for a fleet whose nodes join it.
+
+It belongs to nobody's life but its own: groups and gateways live on while it is away, and it finds them again by what
+the GCS and the store remember. It starts no group: who runs the fleet says which there are (`FleetControl`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+from collections.abc import Collection, Iterator
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from watchfiles import awatch
+
+from tandem.config import FleetConfig
+from tandem.core.heartbeat import Limits
+from tandem.fleet.cluster import LocalCluster, connect, disconnect
+from tandem.fleet.engines import Engines
+from tandem.fleet.host_steps import (
+    HostError,
+    ServedModel,
+    check_model,
+    controller_settings,
+    fleet_record,
+    run_controller,
+)
+from tandem.fleet.node_config import read_config
+from tandem.fleet.node_gateways import Gateways
+from tandem.fleet.node_probe import Probe
+from tandem.fleet.node_process import RUN_FOLDER, make_folder
+from tandem.fleet.node_ray import NodeOrders, give_orders
+from tandem.fleet.plan import wanted_groups
+from tandem.fleet.ray_processes import GcsSettings, NodePlace
+from tandem.fleet.snapshot import DESIRED, FLEET_KEY
+from tandem.state import Store, StoreError, open_store
+
+log = logging.getLogger(__name__)
+
+_PATIENCE_S = 1800.0
+"""A head may be away for so long, while its pod and its volume are moved, before nodes give up and start anew."""
+_STORE_AGAIN_S = 2.0
+_POLL_MS = 1000
+"""Not by inotify: a machine has few watches for all that run on it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadSettings:
+    """What the head is told."""
+
+    config: Path
+    """`fleet.json`; read again whenever it changes."""
+    host: str
+    """Its address."""
+    data: Path
+    """What Ray remembers, and logs; on a volume, a head that is moved goes on with what was."""
+    gcs_port: int = 6380
+    run: Path = RUN_FOLDER
+    state_url: str = ""
+    """In place of the configuration's, where that must hold no secret."""
+    tenants: Path | None = None
+    """YAML file of further tenants, by name; followed as well."""
+    probe_host: str = ""
+    """Empty = all addresses."""
+    probe_port: int = 8090
+
+
+class Head:
+    """The parts of a head, in the order of their start."""
+
+    def __init__(self, settings: HeadSettings, *, engines: Engines | None = None) -> None:
+        """`engines`: None = SGLang."""
+        self._settings = settings
+        self._engines = engines
+        # A thread that still asks Ray something when the head ends must not start a cluster for it.
+        os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
+        self._folder = make_folder(settings.run, settings.host)
+        self._missing = "it has just been started"
+        self._cluster: LocalCluster | None = None
+
+    def own(self) -> Collection[int]:
+        """PIDs of the children that somebody waits for."""
+        return self._cluster.pids if self._cluster else []
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Be the head until `stop`. Raises HostError."""
+        probe = Probe(lambda: self._missing)
+        try:
+            await probe.open(self._settings.probe_host, self._settings.probe_port)
+        except OSError as error:
+            raise HostError(f"cannot listen on port {self._settings.probe_port}: {error}") from error
+        work = asyncio.create_task(self._work(), name="head")
+        stopped = asyncio.create_task(stop.wait(), name="stop")
+        await asyncio.wait({work, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        self._missing = "it ends"
+        for task in (work, stopped):
+            task.cancel()
+        await asyncio.gather(work, stopped, return_exceptions=True)
+        await probe.close()
+        if not work.cancelled() and (error_ := work.exception()) is not None:
+            raise error_
+
+    async def _work(self) -> None:
+        config = self._read()
+        model = ServedModel.of(config, self._settings.run)
+        await check_model(config, model)
+        async with AsyncExitStack() as stack:
+            cluster = stack.enter_context(self._ray(config, model))
+            store = await self._open_store(stack, config)
+            await self._remember(store, config, model)
+            self._missing = "the controller has not answered yet"
+            await self._run_controller(config, model)
+            gateways = Gateways(model_path=model.path, folder=self._folder / "store")
+            gateways.want(config)
+            self._missing = ""
+            log.info("the head is up: GCS at %s, control service on port %d", cluster.address, config.control.port)
+            tasks = [
+                asyncio.create_task(self._tend(cluster), name="cluster"),
+                asyncio.create_task(gateways.keep(), name="gateways"),
+                asyncio.create_task(self._follow(config, model, gateways), name="configuration"),
+            ]
+            try:
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    # -- the configuration
+
+    def _read(self) -> FleetConfig:
+        settings = self._settings
+        return read_config(settings.config, tenants=settings.tenants, state_url=settings.state_url)
+
+    async def _follow(self, config: FleetConfig, model: ServedModel, gateways: Gateways) -> None:
+        """Carry out each change of the configuration."""
+        # The folders, not the files: Kubernetes puts other files in their place.
+        files = [file for file in (self._settings.config, self._settings.tenants) if file is not None]
+        async for _ in awatch(*{file.parent for file in files}, force_polling=True, poll_delay_ms=_POLL_MS):
+            try:
+                new = await asyncio.to_thread(self._read)
+            except HostError as error:
+                log.error("%s; the fleet goes on as it is", error)
+                continue
+            if new == config:
+                continue
+            if ServedModel.of(new, self._settings.run) != model:
+                log.error("the configuration names another model; restart the head for it, or use `tandem refresh`")
+                continue
+            log.info("the configuration has changed")
+            gateways.want(new)
+            try:
+                await self._run_controller(new, model)
+            except HostError as error:
+                log.error("%s", error)
+                continue
+            config = new
+
+    # -- the parts
+
+    @contextmanager
+    def _ray(self, config: FleetConfig, model: ServedModel) -> Iterator[LocalCluster]:
+        settings = self._settings
+        settings.data.mkdir(mode=0o700, parents=True, exist_ok=True)
+        gcs = GcsSettings(port=settings.gcs_port, memory=settings.data / "gcs", patience=_PATIENCE_S)
+        # No rank is placed here, and no gateway.
+        place = NodePlace(host=settings.host, offers={})
+        self._cluster = cluster = LocalCluster.start(self._folder / "r", [place], gcs=gcs)
+        log.info("Ray's GCS is at %s", cluster.address)
+        try:
+            tiny = "" if config.model.path else str(model.path)
+            forked = config.device == "cpu" and self._engines is None
+            orders = NodeOrders(device=config.device, nursery=forked, tiny=tiny)
+            cluster.tell_nodes(lambda client: give_orders(client, orders))
+            connect(cluster.address, namespace=config.ray.namespace or f"tandem-{config.name}", host=settings.host)
+            yield cluster
+        finally:
+            log.info("the head ends")
+            # Only this node's: ranks and gateways live on elsewhere.
+            disconnect()
+            cluster.stop()
+
+    async def _tend(self, cluster: LocalCluster) -> None:
+        raise HostError(await cluster.tend())
+
+    async def _open_store(self, stack: AsyncExitStack, config: FleetConfig) -> Store:
+        while True:
+            try:
+                store = await open_store(config.state.url, fleet=config.name, folder=self._folder)
+                stack.push_async_callback(store.close)
+                await store.get(FLEET_KEY)
+                return store
+            except StoreError as error:
+                self._missing = str(error)
+                log.warning("%s", error)
+                await asyncio.sleep(_STORE_AGAIN_S)
+
+    async def _remember(self, store: Store, config: FleetConfig, model: ServedModel) -> None:
+        """At the fleet's very first start, note what it has in common and the groups that it begins with. Later these
+        are others' to change, and the weights may have been."""
+        if await store.get(FLEET_KEY) is not None:
+            return
+        for spec in wanted_groups(config):
+            await store.compare_and_set(f"{DESIRED}{spec.group}", msgspec.json.encode(spec), version=0)
+        await store.put(FLEET_KEY, msgspec.json.encode(fleet_record(config, model)))
+
+    async def _run_controller(self, config: FleetConfig, model: ServedModel) -> None:
+        from tandem.fleet.rank import RankSettings
+
+        self._logs.mkdir(exist_ok=True)
+        settings = controller_settings(
+            config,
+            model,
+            RankSettings(limits=Limits.within(config.timeouts.hang_s, config.device)),
+            store_folder=self._folder,
+            log=self._logs / "controller.log",
+            engines=self._engines,
+            version=_digest(config.model_dump(mode="json", exclude={"gateway", "tenants", "default_tenant", "oidc"})),
+        )
+        await run_controller(settings)
+
+    @property
+    def _logs(self) -> Path:
+        return self._settings.data / "logs"
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(msgspec.json.encode(value, order="deterministic")).hexdigest()[:16]

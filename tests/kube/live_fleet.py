@@ -1,0 +1,187 @@
+"""A whole fleet in the cluster, installed by the chart: the operator's pod, Ray's head, Redis, gateway and engines."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+
+from chaos.recipes import Expected
+from chaos.traffic import References, Traffic, take_references
+from kube.cluster import Cluster
+from kube.kubelet import Image
+from support.helm import CHART, helm
+from tandem.models.tiny import ensure_tiny
+
+NAME = "mini"
+MODEL = "tiny"
+_TOKENS_S = 120.0
+"""Clients must be given a token within this, whatever happens to the fleet."""
+
+OPERATOR_IMAGE, ENGINE_IMAGE = "tandem-operator:test", "tandem-engine:test"
+NEXT_IMAGE, MISSING_IMAGE = "tandem-engine:next", "tandem-engine:missing"
+
+
+def values(**spec: Any) -> dict[str, Any]:
+    """Values of the chart for a fleet that two cores can run; `spec` is put over the Fleet's."""
+    small = {"resources": {"requests": {"cpu": "100m", "memory": "64Mi"}}}
+    engine = {**small, "sharedMemory": "256Mi", "ipcLock": False, "terminationGraceSeconds": 40}
+    pool = {"groups": 1, "nodes": 1, "gpusPerNode": 1, "pods": engine, "rollout": {"canarySeconds": 2}}
+    fleet: dict[str, Any] = {
+        "device": "cpu",
+        "images": {"engine": {"name": ENGINE_IMAGE}, "redis": {"name": "redis:test"}},
+        "prefill": pool,
+        "decode": pool,
+        "gateway": {"auth": "off", "pods": small},
+        "redis": {"pods": small},
+        "ray": {"pods": small},
+        "timeouts": {"drainSeconds": 30, "migrateSeconds": 25},
+    }
+    for key, value in spec.items():
+        fleet[key] = {**fleet.get(key, {}), **value} if isinstance(value, dict) else value
+    return {
+        "operator": {"replicas": 1, "image": {"name": OPERATOR_IMAGE}},
+        "fleet": {"create": True, "name": NAME, "spec": fleet},
+    }
+
+
+class LiveFleet:
+    """A fleet that answers. Made by `install`."""
+
+    def __init__(self, cluster: Cluster, namespace: str, folder: Path) -> None:
+        self.cluster = cluster
+        self.namespace = namespace
+        self._folder = folder
+        self._references: References | None = None
+
+    @property
+    def url(self) -> str:
+        """Of the gateway, by its Service's address."""
+        return f"http://{self.cluster.address(NAME, self.namespace)}:8000"
+
+    def get(self, kind: str, name: str) -> dict[str, Any]:
+        """One of Tandem's objects, which must be there."""
+        found = self.cluster.get(kind, name, self.namespace, group="tandem.dev/v1alpha1")
+        assert found is not None, f"there is no {kind} {name}"
+        return found
+
+    def groups(self, role: str) -> dict[str, str]:
+        """Phase of each group of a role, by its name."""
+        listed = json.loads(self.kubectl("get", "epg", "-o", "json"))["items"]
+        return {
+            one["metadata"]["name"]: one.get("status", {}).get("phase", "")
+            for one in listed
+            if one["spec"]["role"] == role
+        }
+
+    def ready(self, role: str, count: int) -> bool:
+        """Whether a role has exactly so many groups, all of them ready."""
+        groups = self.groups(role)
+        return len(groups) == count and set(groups.values()) <= {"Ready"}
+
+    def kubectl(self, *arguments: str, **options: Any) -> str:
+        """kubectl in the fleet's namespace."""
+        return self.cluster.kubectl("--namespace", self.namespace, *arguments, **options)
+
+    def upgrade(self, **spec: Any) -> None:
+        """`helm upgrade` with another spec."""
+        _helm(self.cluster, "upgrade", self.namespace, self._folder, values(**spec))
+
+    def chat(self, text: str, tokens: int = 16) -> dict[str, Any]:
+        """One greedy answer, whole."""
+        body = {"model": MODEL, "messages": [{"role": "user", "content": text}], "max_tokens": tokens, "temperature": 0}
+        answer = httpx2.post(f"{self.url}/v1/chat/completions", json=body, timeout=60)
+        assert answer.status_code == 200, answer.text
+        found: dict[str, Any] = answer.json()
+        return found
+
+    def references(self) -> References:
+        """What each recipe's answer is; greedy ones are also the oracle's."""
+        if self._references is None:
+            model = self._folder / MODEL
+            ensure_tiny(model)
+            self._references = asyncio.run(take_references(self.url, MODEL, Expected(model, self._folder)))
+        return self._references
+
+    @contextlib.contextmanager
+    def traffic(self, clients: int = 2) -> Iterator[Background]:
+        """Clients that ask without a pause meanwhile; in the end each answer must be whole and right."""
+        background = Background(self.url, self.references(), clients)
+        try:
+            yield background
+            background.progress(20)
+        finally:
+            background.stop()
+        wrong = [
+            f"{one.name} ({one.recipe}): {why}" for one in background.done if (why := self.references().fault(one))
+        ]
+        assert not wrong, f"{len(wrong)} of {len(background.done)} answers: {wrong[:5]}"
+        assert background.done
+
+
+class Background:
+    """Traffic on a thread of its own, which is where the caller's thread is: in the cluster's network."""
+
+    def __init__(self, base: str, references: References, clients: int) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="traffic", daemon=True)
+        self._thread.start()
+        self._traffic = self._call(self._start(base, references, clients))
+
+    async def _start(self, base: str, references: References, clients: int) -> Traffic:
+        traffic = Traffic({False: base}, MODEL, references, random.Random(5))
+        traffic.start(clients)
+        return traffic
+
+    @property
+    def done(self) -> list[Any]:
+        """Requests that are over."""
+        return self._traffic.done
+
+    def progress(self, tokens: int) -> None:
+        """Wait until clients have been given so many tokens more."""
+        self._call(self._traffic.progress(tokens, _TOKENS_S))
+
+    def stop(self) -> None:
+        """Let what runs end."""
+        try:
+            self._call(self._traffic.stop())
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(10)
+            self._loop.close()
+
+    def _call(self, work: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(300)
+
+
+def install(cluster: Cluster, namespace: str, folder: Path, **spec: Any) -> LiveFleet:
+    """`helm install`, without a wait."""
+    programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    for image in (OPERATOR_IMAGE, ENGINE_IMAGE, NEXT_IMAGE):
+        cluster.kubelet.images[image] = Image(env={"PATH": programs})
+    cluster.kubelet.missing_images.add(MISSING_IMAGE)
+    _helm(cluster, "install", namespace, folder, values(**spec))
+    return LiveFleet(cluster, namespace, folder)
+
+
+def uninstall(fleet: LiveFleet) -> None:
+    """Remove the fleet, then the release; the CRDs stay, as Helm has it."""
+    fleet.kubectl("delete", "fleet", NAME, "--wait=true", "--timeout=90s")
+    helm("uninstall", "tandem", "--namespace", fleet.namespace, kubeconfig=fleet.cluster.kubeconfig)
+
+
+def _helm(cluster: Cluster, verb: str, namespace: str, folder: Path, chosen: dict[str, Any]) -> None:
+    file = folder / f"values-{time.monotonic_ns()}.json"
+    file.write_text(json.dumps(chosen))
+    helm(verb, "tandem", CHART, "--namespace", namespace, "-f", file, kubeconfig=cluster.kubeconfig)

@@ -1,0 +1,166 @@
+"""A fleet on Kubernetes, end to end: real API server, the chart, the operator's pod, real engines in pods.
+
+The tests share one fleet and follow each other; each leaves it ready, with one group of each role.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from kube.cluster import Cluster
+from kube.live_fleet import MISSING_IMAGE, NAME, NEXT_IMAGE, LiveFleet, install, uninstall
+
+pytestmark = pytest.mark.timeout(420)
+START_S = 240
+
+
+@pytest.fixture(scope="module")
+def fleet(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveFleet]:
+    with cluster.namespace("fleet") as namespace:
+        live = install(cluster, namespace, tmp_path_factory.mktemp("fleet"))
+        try:
+            cluster.wait(lambda: phase(live) == "Ready", START_S, "the fleet is ready")
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{story(live)}") from None
+        yield live
+
+
+def phase(fleet: LiveFleet) -> str:
+    return str(fleet.get("fleets", NAME).get("status", {}).get("phase", ""))
+
+
+def story(fleet: LiveFleet) -> str:
+    """What kubectl and the pods tell."""
+    told = [fleet.kubectl("get", "fleets,epp,epg,pods,events", "-o", "wide", check=False)]
+    return "\n".join([*told, fleet.cluster.kubelet.tails(fleet.namespace)])
+
+
+def settled(fleet: LiveFleet, prefill: int = 1, decode: int = 1, within: float = 150) -> None:
+    """Wait until each role has exactly so many groups, all ready."""
+    try:
+        fleet.cluster.wait(
+            lambda: fleet.ready("prefill", prefill) and fleet.ready("decode", decode) and phase(fleet) == "Ready",
+            within,
+        )
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n{story(fleet)}") from None
+
+
+def test_a_fleet_that_helm_installed_answers_exactly_through_its_service(fleet: LiveFleet) -> None:
+    # Taking the references compares greedy answers with the oracle's.
+    assert fleet.references().recipes
+
+
+def test_kubectl_tells_the_fleets_story(fleet: LiveFleet) -> None:
+    told = fleet.kubectl("get", "fleets,epp,epg")
+    assert all(word in told for word in (NAME, f"{NAME}-prefill", f"{NAME}-decode-0", "Ready"))
+
+
+def test_scaling_decode_up_and_down_loses_no_request(fleet: LiveFleet) -> None:
+    with fleet.traffic() as traffic:
+        fleet.kubectl("scale", "epp", f"{NAME}-decode", "--replicas=2")
+        settled(fleet, decode=2)
+        traffic.progress(100)
+        fleet.kubectl("scale", "epp", f"{NAME}-decode", "--replicas=1")
+        settled(fleet, decode=1)
+
+
+def test_the_operator_killed_twenty_times_changes_nothing_for_clients(fleet: LiveFleet) -> None:
+    rng = random.Random(8)
+    with fleet.traffic() as traffic:
+        for number in range(20):
+            kill_operator(fleet)
+            if number == 5:
+                fleet.kubectl("scale", "epp", f"{NAME}-decode", "--replicas=2")
+            if number == 14:
+                fleet.kubectl("scale", "epp", f"{NAME}-decode", "--replicas=1")
+            traffic.progress(rng.randrange(20, 200))
+        settled(fleet)
+
+
+def kill_operator(fleet: LiveFleet) -> None:
+    """SIGKILL to the operator's process, if one runs now."""
+    kubelet = fleet.cluster.kubelet
+    for pod in kubelet.objects("pods", fleet.namespace):
+        if pod["metadata"].get("labels", {}).get("app.kubernetes.io/component") == "operator":
+            for pid in kubelet.pids(pod["metadata"]["name"], fleet.namespace):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def test_an_api_server_that_restarts_and_a_slow_etcd_change_nothing_for_clients(fleet: LiveFleet) -> None:
+    with fleet.traffic() as traffic:
+        fleet.cluster.restart_api_server(away_s=5)
+        traffic.progress(50)
+        with fleet.cluster.slow_etcd():
+            traffic.progress(150)
+        settled(fleet)
+
+
+def test_a_pod_deleted_by_hand_moves_its_streams_and_comes_back(fleet: LiveFleet) -> None:
+    with fleet.traffic() as traffic:
+        fleet.kubectl("scale", "epp", f"{NAME}-decode", "--replicas=2")
+        settled(fleet, decode=2)
+        fleet.kubectl("delete", "pod", f"{NAME}-decode-0-0", "--wait=false")
+        traffic.progress(100)
+        settled(fleet, decode=2)
+
+
+def test_a_lost_node_costs_no_request(fleet: LiveFleet) -> None:
+    pod = fleet.cluster.pod(f"{NAME}-decode-1-0", fleet.namespace)
+    assert pod is not None
+    node = pod["spec"]["nodeName"]
+    with fleet.traffic() as traffic:
+        fleet.cluster.kubelet.lose_node(node)
+        traffic.progress(100)
+        settled(fleet, decode=2)
+        fleet.cluster.kubelet.return_node(node)
+        fleet.kubectl("scale", "epp", f"{NAME}-decode", "--replicas=1")
+        settled(fleet)
+
+
+def test_a_rolling_change_of_both_pools_loses_no_request(fleet: LiveFleet) -> None:
+    with fleet.traffic() as traffic:
+        fleet.upgrade(images={"engine": {"name": NEXT_IMAGE}})
+        fleet.cluster.wait(lambda: images(fleet) == {NEXT_IMAGE}, 240, "both pools have the new image")
+        traffic.progress(50)
+        settled(fleet)
+
+
+def images(fleet: LiveFleet) -> set[str]:
+    """Images of the groups that there are, once none of them is about to go or to come."""
+    found = [fleet.get("expertparallelgroups", name) for role in ("prefill", "decode") for name in fleet.groups(role)]
+    if len(found) != 2 or any(one.get("status", {}).get("phase") != "Ready" for one in found):
+        return set()
+    return {one["spec"]["template"]["image"]["name"] for one in found}
+
+
+def test_an_image_that_cannot_be_pulled_stops_the_change_and_the_fleet_answers(fleet: LiveFleet) -> None:
+    def why() -> str:
+        conditions = fleet.get("expertparallelpools", f"{NAME}-decode").get("status", {}).get("conditions", [])
+        return " ".join(one["reason"] for one in conditions)
+
+    quick = {"rollout": {"canarySeconds": 2, "progressSeconds": 15}}
+    with fleet.traffic():
+        fleet.upgrade(images={"engine": {"name": MISSING_IMAGE}}, prefill=quick, decode=quick)
+        fleet.cluster.wait(lambda: "RolledBack" in why(), 120, "the change was taken back")
+        fleet.upgrade(images={"engine": {"name": NEXT_IMAGE}})
+        settled(fleet)
+
+
+def test_a_deleted_fleet_leaves_nothing(fleet: LiveFleet) -> None:
+    uninstall(fleet)
+
+    def left() -> str:
+        kinds = "fleets,epp,epg,statefulsets,services,configmaps,pods,poddisruptionbudgets,secrets"
+        told = fleet.kubectl("get", kinds, "-o", "name", check=False).split()
+        kept = ("configmap/kube-root-ca.crt", "secret/default-token", "No", "resources", "found")
+        return " ".join(one for one in told if not one.startswith(kept))
+
+    fleet.cluster.wait(lambda: not left(), 90, "everything is gone")

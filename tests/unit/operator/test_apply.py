@@ -1,0 +1,199 @@
+"""What is compared, what is written, and what is left to others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tandem_operator.apply import Applier, Busy, NotOurs, difference, without_empty
+from tandem_operator.cache import Cache
+from tandem_operator.compare import covers
+from tandem_operator.names import CONFIG_MAP, FLEET, Key, Kind, Object, owned_by
+from unit.operator.objects import fleet
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+)
+objects = st.dictionaries(st.text(max_size=3), values, max_size=4)
+
+
+@given(objects)
+def test_an_object_covers_itself(obj: Object) -> None:
+    assert covers(obj, obj)
+
+
+def test_what_the_server_adds_is_no_difference() -> None:
+    assert covers({"spec": {"a": 1, "default": 2}, "status": {}}, {"spec": {"a": 1}})
+
+
+@pytest.mark.parametrize("live", [{}, {"a": None}, {"a": 2}, {"a": {}}, None])
+def test_what_is_missing_or_other_is_a_difference(live: Any) -> None:
+    assert not covers(live, {"a": 1})
+
+
+def test_entries_of_a_list_are_found_by_name() -> None:
+    assert covers(
+        {"env": [{"name": "b"}, {"name": "a", "value": "1"}]}, {"env": [{"name": "a", "value": "1"}, {"name": "b"}]}
+    )
+
+
+def test_an_entry_that_nobody_asked_for_is_a_difference() -> None:
+    assert not covers({"env": [{"name": "a"}, {"name": "b"}]}, {"env": [{"name": "a"}]})
+
+
+def test_two_mounts_of_one_volume_are_told_apart() -> None:
+    mounts = [{"name": "v", "mountPath": "/a"}, {"name": "v", "mountPath": "/b"}]
+    assert covers({"volumeMounts": mounts}, {"volumeMounts": mounts})
+    assert not covers({"volumeMounts": mounts}, {"volumeMounts": [mounts[0], {"name": "v", "mountPath": "/c"}]})
+
+
+def test_others_may_add_owners_and_finalizers() -> None:
+    live = {"finalizers": ["theirs", "ours"], "ownerReferences": [{"uid": "1"}, {"uid": "2"}]}
+    assert covers(live, {"finalizers": ["ours"], "ownerReferences": [{"uid": "2"}]})
+
+
+@pytest.mark.parametrize(("live", "rendered"), [("1", "1000m"), ("1Gi", "1024Mi"), ("2", 2), ("500m", "0.5")])
+def test_amounts_are_compared_by_what_they_mean(live: str, rendered: Any) -> None:
+    assert covers({"limits": {"cpu": live}}, {"limits": {"cpu": rendered}})
+    assert not covers({"limits": {"cpu": live}}, {"limits": {"cpu": "3"}})
+
+
+# -- status
+
+
+def merged(live: Any, change: Any) -> Any:
+    """RFC 7386, as the server does it."""
+    if not isinstance(change, dict):
+        return change
+    result = dict(live) if isinstance(live, dict) else {}
+    for name, value in change.items():
+        if value is None:
+            result.pop(name, None)
+        else:
+            result[name] = merged(result.get(name), value)
+    return result
+
+
+plain = st.dictionaries(
+    st.text(max_size=2), st.integers() | st.dictionaries(st.text(max_size=2), st.integers()), max_size=4
+)
+
+
+@given(plain, plain)
+def test_the_difference_makes_one_of_the_other(live: Object, wanted: Object) -> None:
+    after = merged(live, difference(live, wanted))
+    assert difference(after, wanted) == {}
+    assert {name: value for name, value in after.items() if value != {}} == {
+        name: value for name, value in wanted.items() if value != {}
+    }
+
+
+@given(objects)
+def test_there_is_no_difference_to_itself(obj: Object) -> None:
+    assert difference(obj, obj) == {}
+
+
+def test_empty_text_is_not_written() -> None:
+    assert without_empty({"a": "", "b": [{"c": "", "d": 0}]}) == {"b": [{"d": 0}]}
+
+
+# -- writing
+
+
+class Server:
+    """Takes what is applied, as an API server would."""
+
+    def __init__(self) -> None:
+        self.applied: list[Object] = []
+        self.deleted: list[str] = []
+
+    async def apply(self, key: Key, obj: Object) -> Object:
+        self.applied.append(obj)
+        meta = {**obj["metadata"], "name": key.name, "namespace": key.namespace, "uid": "u"}
+        return {**obj, "metadata": {**meta, "resourceVersion": str(10 + len(self.applied))}}
+
+    async def delete(self, key: Key, uid: str) -> None:
+        self.deleted.append(uid)
+
+
+KEY = Key(CONFIG_MAP, "ai", "r1-config")
+PARENT = fleet()
+
+
+def child(**data: str) -> Object:
+    return {"metadata": {"ownerReferences": owned_by(FLEET, PARENT)}, "data": data}
+
+
+@pytest.fixture
+def server() -> Server:
+    return Server()
+
+
+@pytest.fixture
+def applier(server: Server) -> Applier:
+    kinds: tuple[Kind, ...] = (CONFIG_MAP,)
+    return Applier(server, Cache(), kinds)  # type: ignore[arg-type]
+
+
+async def test_a_second_pass_writes_nothing(applier: Applier, server: Server) -> None:
+    assert await applier.ensure(KEY, child(a="1"), PARENT)
+    assert not await applier.ensure(KEY, child(a="1"), PARENT)
+    assert len(server.applied) == 1
+
+
+async def test_a_field_that_is_not_rendered_any_more_is_taken_away(applier: Applier, server: Server) -> None:
+    await applier.ensure(KEY, child(a="1", b="2"), PARENT)
+    assert await applier.ensure(KEY, child(a="1"), PARENT)
+    assert server.applied[-1]["data"] == {"a": "1"}
+
+
+async def test_what_somebody_changed_is_put_back(applier: Applier) -> None:
+    await applier.ensure(KEY, child(a="1"), PARENT)
+    live = applier.cache.get(KEY)
+    assert live is not None
+    meta = {**live["metadata"], "resourceVersion": "99"}
+    applier.cache.put(CONFIG_MAP, {**live, "metadata": meta, "data": {"a": "2"}})
+    assert await applier.ensure(KEY, child(a="1"), PARENT)
+
+
+def live(**meta: Any) -> Object:
+    return {"metadata": {"name": KEY.name, "namespace": "ai", "uid": "x", "resourceVersion": "1", **meta}}
+
+
+async def test_an_orphan_is_adopted(applier: Applier) -> None:
+    applier.cache.put(CONFIG_MAP, live())
+    assert await applier.ensure(KEY, child(), PARENT)
+
+
+async def test_what_belongs_to_somebody_else_is_left_alone(applier: Applier, server: Server) -> None:
+    other = {"kind": "Deployment", "name": "theirs", "uid": "y", "controller": True}
+    applier.cache.put(CONFIG_MAP, live(ownerReferences=[other]))
+    with pytest.raises(NotOurs, match="Deployment theirs"):
+        await applier.ensure(KEY, child(), PARENT)
+    assert not await applier.remove(KEY, PARENT)
+    assert (server.applied, server.deleted) == ([], [])
+
+
+async def test_what_is_being_deleted_is_waited_for(applier: Applier) -> None:
+    applier.cache.put(CONFIG_MAP, live(deletionTimestamp="2026-01-01T00:00:00Z"))
+    with pytest.raises(Busy):
+        await applier.ensure(KEY, child(), PARENT)
+
+
+async def test_fields_of_others_are_kept_if_nobody_was_faster(applier: Applier, server: Server) -> None:
+    await applier.ensure(KEY, {**child(), "spec": {"a": 1}}, PARENT, keep={"replicas": 3})
+    await applier.ensure(KEY, {**child(), "spec": {"a": 2}}, PARENT, keep={"replicas": 5})
+    first, second = server.applied
+    assert first["spec"] == {"a": 1, "replicas": 3}
+    assert second["spec"] == {"a": 2, "replicas": 5}
+    assert "resourceVersion" not in first["metadata"]
+    assert second["metadata"]["resourceVersion"] == "11"
+
+
+async def test_fields_of_others_are_no_reason_to_write(applier: Applier, server: Server) -> None:
+    await applier.ensure(KEY, {**child(), "spec": {"a": 1}}, PARENT, keep={"replicas": 3})
+    assert not await applier.ensure(KEY, {**child(), "spec": {"a": 1}}, PARENT, keep={"replicas": 9})
