@@ -35,6 +35,9 @@ class FleetLink:
         self.snapshot: FleetSnapshot | None = None
         """The last that was told; it may be old (`reachable`)."""
         self.reachable = False
+        self.known = False
+        """Whether it was reached or was found to be away: until then nothing is told of it, lest an operator that has
+        just begun says that all is lost."""
         self.why = "not yet connected"
         """Why it cannot be reached, in one sentence."""
         self.loads: Mapping[str, tuple[DpLoad, ...]] = {}
@@ -87,7 +90,7 @@ class FleetLink:
             delay = min(2 * delay, _RETRY_LONGEST_S)
 
     def _note(self, snapshot: FleetSnapshot) -> None:
-        self.snapshot, self.reachable, self.why = snapshot, True, ""
+        self.snapshot, self.reachable, self.known, self.why = snapshot, True, True, ""
         CONTROL.labels(self.namespace, self.fleet).set(1)
         self._changed()
 
@@ -96,9 +99,10 @@ class FleetLink:
             self.last_reached = self._clock()
         if why != self.why:
             _log.warning("The control service of fleet %s/%s is away: %s", self.namespace, self.fleet, why)
-        was, self.reachable, self.why = self.reachable, False, why
+        news = self.reachable or not self.known
+        self.reachable, self.known, self.why = False, True, why
         CONTROL.labels(self.namespace, self.fleet).set(0)
-        if was:
+        if news:
             self._changed()
 
 

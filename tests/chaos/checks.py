@@ -22,6 +22,7 @@ from chaos.watch import NotInTime
 from tandem.core.types import Group, GroupState
 from tandem.core.usage import UsageRecord
 from tandem.engine.http1 import HttpFailure, Pool
+from tandem.fleet.run_folder import RUN_VARIABLE
 
 SETTLE_S = 20.0
 _LOOK_S = 0.02
@@ -239,18 +240,31 @@ async def processes(stage: Stage) -> list[str]:
     return strays
 
 
-def nothing_left(before: set[str], found: list[psutil.Process], ports: set[int]) -> list[str]:
+def nothing_left(run: str, before: set[str], found: list[psutil.Process], ports: set[int]) -> list[str]:
     """After the fleet was stopped: of what it had, nothing is left. `before`: names in /dev/shm before it started."""
     alive = [process.pid for process in found if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
     wrong = [f"processes {alive} live on"] if alive else []
     listening = {
-        one.laddr.port for one in psutil.net_connections("tcp") if one.laddr and one.status == psutil.CONN_LISTEN
+        one.laddr.port: one.pid
+        for one in psutil.net_connections("tcp")
+        if one.laddr and one.status == psutil.CONN_LISTEN
     }
-    if still := ports & listening:
+    # Another fleet on this machine may have taken a port that had become free.
+    if still := {port for port in ports & listening.keys() if not _of_another_run(listening[port], run)}:
         wrong.append(f"ports {sorted(still)} are still listened on")
     if memory := _left_in_memory(before):
         wrong.append(f"/dev/shm still holds {sorted(memory)}")
     return wrong
+
+
+def _of_another_run(pid: int | None, run: str) -> bool:
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        for one in [process, *process.parents()]:
+            with contextlib.suppress(psutil.Error, OSError):
+                if mark := one.environ().get(RUN_VARIABLE):
+                    return mark != run
+    return False
 
 
 def _left_in_memory(before: set[str]) -> set[str]:

@@ -23,31 +23,35 @@ _HEAD = (
 
 
 def page(reports: Sequence[Report]) -> str:
-    """All of it, in Markdown."""
-    rows = list(_rows(reports))
-    return "\n".join([*_totals(reports), "", *_table(rows), "", *_promises(rows)])
-
-
-def _rows(reports: Sequence[Report]) -> Iterable[Row]:
-    """In the order of the kinds, with the reasons of all their faults."""
+    """All of it, in Markdown: a table for each scenario."""
+    lines: list[str] = []
     for report in reports:
-        for row in report.rows:
-            mine = [fault for fault in report.faults if fault.kind == row.kind]
-            yield msgspec.structs.replace(row, noticed_by=noticed_by(mine))
+        lines += [_title(report), *(f"  {line}" for line in report.wrong), "", *_table(_rows(report)), ""]
+    return "\n".join([*lines, _total(reports), *_promises([row for report in reports for row in report.rows])])
 
 
-def _totals(reports: Sequence[Report]) -> Iterable[str]:
-    for one in reports:
-        yield (
-            f"{one.scenario} (seed {one.seed}): {len(one.faults)} faults in {one.seconds / 60:.1f} min, {one.requests} "
-            f"requests, {one.tokens} tokens, {len(one.wrong)} wrong, errors: {one.errors or 'none'}"
-        )
-        yield from (f"  {line}" for line in one.wrong)
-    faults, requests, tokens = (
-        sum(counts) for counts in zip(*((len(one.faults), one.requests, one.tokens) for one in reports), strict=True)
+def _title(report: Report) -> str:
+    return (
+        f"`{report.scenario}`, seed {report.seed}: {len(report.faults)} faults in {report.seconds / 60:.0f} min, "
+        f"{report.requests:,} requests, {report.tokens:,} tokens, {len(report.wrong)} wrong, "
+        f"errors: {report.errors or 'none'}"
     )
+
+
+def _rows(report: Report) -> list[Row]:
+    return [
+        msgspec.structs.replace(row, noticed_by=noticed_by(one for one in report.faults if one.kind == row.kind))
+        for row in report.rows
+    ]
+
+
+def _total(reports: Sequence[Report]) -> str:
+    faults = sum(len(one.faults) for one in reports)
+    requests = sum(one.requests for one in reports)
+    tokens = sum(one.tokens for one in reports)
+    wrong = sum(len(one.wrong) for one in reports)
     migrations = sum(row.migrations for one in reports for row in one.rows)
-    yield f"In all: {faults} faults, {requests:,} requests, {tokens:,} tokens; {migrations} migrations"
+    return f"In all: {faults} faults, {requests:,} requests, {tokens:,} tokens, {wrong} wrong; {migrations} migrations"
 
 
 def _table(rows: Sequence[Row]) -> Iterable[str]:
@@ -68,19 +72,20 @@ def _table(rows: Sequence[Row]) -> Iterable[str]:
 
 
 def _promises(rows: Sequence[Row]) -> Iterable[str]:
-    for start in ("kill decode", "freeze decode"):
-        values = [value for row in rows if row.kind.startswith(start) for value in row.next_after]
-        yield f"{start}, next token after the notice: {_told(values)}"
-    for start in ("kill prefill", "freeze prefill"):
-        mine = [row for row in rows if row.kind.startswith(start)]
-        yield f"{start}, first token after the notice: {_told([value for row in mine for value in row.first_after])}"
-        yield f"{start}, first token after the fault: {_told([value for row in mine for value in row.first])}"
+    for how in ("kill", "freeze"):
+        decode = [row for row in rows if row.kind.startswith(f"{how} decode")]
+        prefill = [row for row in rows if row.kind.startswith(f"{how} prefill")]
+        yield from _told(f"{how} decode, next token after the notice", [row.next_after for row in decode])
+        yield from _told(f"{how} prefill, first token after the notice", [row.first_after for row in prefill])
+        yield from _told(f"{how} prefill, first token after the fault", [row.first for row in prefill])
 
 
-def _told(values: Sequence[float]) -> str:
-    shares = (percentile(values, share) for share in (0.5, 0.99, 1.0))
-    within = ", ".join(f"{sum(value <= limit for value in values)} within {limit} s" for limit in (1, 2))
-    return f"n {len(values)}, p50 / p99 / max {' / '.join(map(_number, shares))} s; {within}"
+def _told(what: str, found: Iterable[Sequence[float]]) -> Iterable[str]:
+    values = [value for row in found for value in row]
+    if values:
+        shares = (percentile(values, share) for share in (0.5, 0.99, 1.0))
+        within = ", ".join(f"{sum(value <= limit for value in values)} within {limit} s" for limit in (1, 2))
+        yield f"{what}: {len(values)} streams, p50 / p99 / max {' / '.join(map(_number, shares))} s; {within}"
 
 
 def _pair(one: float | None, other: float | None) -> str:

@@ -60,7 +60,7 @@ async def play(
         found, ports = stage.fleet.processes(), stage.fleet.listening()
         records = checks.records(stage)
     if "nothing left" in scenario.checks:
-        wrong += [f"nothing left: {line}" for line in checks.nothing_left(memory, found, ports)]
+        wrong += [f"nothing left: {line}" for line in checks.nothing_left(stage.fleet.record.run, memory, found, ports)]
     done = play_.traffic.done
     return Report(
         scenario=scenario.name,

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from typing import Any
 
 import msgspec
 import pytest
 
+from chaos.checks import nothing_left
 from chaos.client import Outcome
 from chaos.measure import longest, percentile
 from chaos.scenarios import SCENARIOS, SLICE, Scenario
 from chaos.traffic import References
+from support.fleet import shared_memory
+from tandem.fleet.run_folder import RUN_VARIABLE
 
 RIGHT = Outcome(
     name="r", recipe="short", tokens=[1, 2, 3, 4], text="abcd", finish="length", usage={"completion_tokens": 4}
@@ -88,3 +94,25 @@ def test_percentiles_are_values_that_occurred() -> None:
 def test_a_draw_has_every_fault_equally_often(scenario: Scenario) -> None:
     drawn = scenario.draw(3 * len(scenario.faults), random.Random(1))
     assert all(drawn.count(fault) == 3 * scenario.faults.count(fault) for fault in scenario.faults)
+
+
+LISTEN = """
+import socket, sys
+with socket.create_server(("127.0.0.1", 0)) as server:
+    print(server.getsockname()[1], flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize(("run", "found"), [("mine", True), ("another", False)])
+def test_a_port_that_another_fleet_has_taken_is_not_left_over(run: str, found: bool) -> None:
+    command = [sys.executable, "-S", "-c", LISTEN]
+    environment = {**os.environ, RUN_VARIABLE: run}
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as listener:
+        assert listener.stdout is not None
+        port = int(listener.stdout.readline())
+        left = nothing_left("mine", shared_memory(), [], {port})
+        listener.communicate()
+    assert left == ([f"ports [{port}] are still listened on"] if found else [])

@@ -93,10 +93,7 @@ class World:
             process.wait(10)
         for number in range(1, self.count + 1):
             shutil.rmtree(self._etc(number), ignore_errors=True)
-        if not os.environ.get("KEEP_WORLD"):
-            shutil.rmtree(self.folder, ignore_errors=True)
-        else:
-            print(self.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 TANDEM = (sys.executable, "-c", "from tandem.cli.main import app; app()")

@@ -25,12 +25,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from kube.audit import POLICY
 from kube.certificates import Authority, signing_pair
 from kube.network import HOST, KUBERNETES, SERVICES
 from tandem.fleet import bound
 
 BINARIES = ("etcd", "kube-apiserver", "kube-controller-manager", "kubectl")
-READY_S = 180.0
+READY_S = 300.0
 _STOP_S = 10.0
 
 CONTROLLERS = (
@@ -113,6 +114,11 @@ class ControlPlane:
         """Process id of one of the three."""
         return self._processes[name].pid
 
+    @property
+    def audit_log(self) -> Path:
+        """What service accounts asked for, as `audit.py` reads it."""
+        return self.folder / "audit.log"
+
     def log(self, name: str) -> str:
         """The last of what one of the three wrote."""
         path = self.folder / f"{name}.log"
@@ -159,6 +165,8 @@ class ControlPlane:
 
     def start_api_server(self) -> None:
         """Start the API server, on the port and with the data that it had before; return when it is ready."""
+        policy = self.folder / "audit-policy.json"
+        policy.write_text(json.dumps(POLICY))
         self._start(
             "kube-apiserver",
             f"--etcd-servers={self._etcd}",
@@ -181,6 +189,8 @@ class ControlPlane:
             "--allow-privileged=true",
             f"--cert-dir={self.folder / 'api-server'}",
             "--profiling=false",
+            f"--audit-policy-file={policy}",
+            f"--audit-log-path={self.audit_log}",
         )
         self._wait_ready()
 

@@ -24,6 +24,7 @@ from support.helm import CHART, helm
 from tandem.models.tiny import ensure_tiny
 
 NAME = "mini"
+OPERATOR_ACCOUNT = "tandem-operator"
 MODEL = "tiny"
 _TOKENS_S = 120.0
 """Clients must be given a token within this, whatever happens to the fleet."""

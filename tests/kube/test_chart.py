@@ -18,6 +18,8 @@ from support.helm import HelmError as Helm3Error
 from tandem_operator import names
 from tandem_operator.api.fleet import FleetSpec
 
+pytestmark = pytest.mark.timeout(300)
+
 VERSIONS = ("1.28", "1.29", "1.30", "1.31", "1.32", "1.33", "1.34", "1.35", "1.36", "1.37")
 PROMETHEUS = ("monitoring.coreos.com/v1/PodMonitor", "monitoring.coreos.com/v1/PrometheusRule")
 MONITORED = {"monitoring": dict.fromkeys(("podMonitors", "rules", "dashboards"), "always")}

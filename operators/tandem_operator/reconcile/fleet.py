@@ -75,7 +75,8 @@ async def reconcile_fleet(ctx: Context, key: Key) -> float | None:
             again = _AGAIN_S
     if link.reachable and await _drain_orphans(ctx, fleet, link):
         again = _AGAIN_S
-    await _tell(ctx, key, fleet, spec, link, trouble)
+    if link.known:
+        await _tell(ctx, key, fleet, spec, link, trouble)
     return again
 
 

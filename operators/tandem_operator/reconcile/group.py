@@ -75,7 +75,8 @@ async def reconcile_group(ctx: Context, key: Key) -> float | None:
             trouble.append(f"the fleet does not take it: {error}")
             await ctx.recorder.tell(EP_GROUP, group, "Refused", str(error), type_="Warning")
             again = _AGAIN_S
-    await _tell(ctx, key, group, spec, link, trouble)
+    if link.known:
+        await _tell(ctx, key, group, spec, link, trouble)
     return again
 
 
@@ -137,6 +138,8 @@ async def _leave(ctx: Context, key: Key, group: Object, spec: GroupSpec) -> floa
     drain_s = fleet_says.timeouts.drain_s if fleet_says else 120.0
     link = ctx.links.open(key.namespace, spec.fleet)
     asked_at = unix(group["metadata"]["deletionTimestamp"])
+    if not link.known:
+        return _AGAIN_S
     if not link.reachable:
         away = min(link.away_s, ctx.now() - asked_at)
         if away > drain_s:

@@ -100,7 +100,7 @@ async def reconcile_pools(ctx: Context, key: Key) -> float | None:
             except (NotOurs, Busy) as error:
                 trouble[role] = str(error)
             await _ensure_budget(ctx, pool, link)
-    for role, pool in pools.items():
+    for role, pool in pools.items() if link.known else ():
         await _tell(ctx, pool, plans[role], trouble.get(role, ""), link)
     if trouble:
         return _AGAIN_S

@@ -179,7 +179,6 @@ class FleetPlanner:
 
     async def _tell(self, fleet: Object, loads: dict[str, tuple[DpLoad, ...]], slow: Window | None) -> None:
         """Write what the service and the groups' loads are, where that is news."""
-        service: Object = {}
         if slow is not None:
             kept = [share for share in (slow.ttft_kept, slow.itl_kept) if share is not None]
             values = {
@@ -189,8 +188,8 @@ class FleetPlanner:
                 "requestsPerSecond": slow.requests_per_s,
             }
             service = {name: _rounded(value) for name, value in values.items() if value is not None}
-        if change := difference((fleet.get("status") or {}).get("slo") or {}, service):
-            await self._ctx.applier.patch(self._key, {"status": {"slo": change}}, part="status")
+            if change := difference((fleet.get("status") or {}).get("slo") or {}, service):
+                await self._ctx.applier.patch(self._key, {"status": {"slo": change}}, part="status")
         for group in self._ctx.cache.all(EP_GROUP, self._key.namespace, {FLEET_LABEL: self._key.name}):
             ranks = loads.get(group["spec"]["group"], ())
             load = {

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from kube.kubelet.host import Host
 
 _TRY_AGAIN_S = 0.5
-_NAMES = "/run/kubelet-names"
-"""Where a container sees the folder with its hosts file."""
+_NAMES = "/.kubelet-names"
+"""Where a container sees the folder with its hosts file; no volume is mounted over it, as one often is over /run."""
 
 
 class Pod(Actor):

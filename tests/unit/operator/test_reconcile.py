@@ -39,6 +39,15 @@ async def test_another_operator_finds_nothing_to_do() -> None:
     assert (other.server.writes, other.control.calls) == ([], [])
 
 
+async def test_an_operator_that_has_not_yet_reached_the_fleet_tells_nothing_else_than_before() -> None:
+    world = World()
+    await world.look()
+    world.server.writes.clear()
+    world.link.reachable = world.link.known = False
+    await world.look()
+    assert world.server.writes == []
+
+
 async def test_a_number_that_somebody_set_stands() -> None:
     world = World()
     await world.look()

@@ -125,6 +125,7 @@ class Link:
     def __init__(self, control: Control) -> None:
         self.control = control
         self.reachable = True
+        self.known = True
         self.why = ""
         self.away_s = 0.0
         self.loads: dict[str, Any] = {}
