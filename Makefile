@@ -2,6 +2,7 @@
 # make up     the same fleet, kept running;  make down stops it
 # make test   all tests;  make lint, make bench
 # make bench-gateway   the gateway beside sglang-router and smg
+# make crds   the CRDs and the chart's values schema, from the classes
 # make chaos  hundreds of faults on real fleets (hours); make chaos FAULTS=30 SEED=7
 #
 # Everything is installed into .venv, once; change a requirement file and it is brought up to date.
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo up down status test unit lint format bench bench-gateway chaos install dev sdk-venv bench-venv
+.PHONY: demo up down status test unit lint format bench bench-gateway chaos crds install dev sdk-venv bench-venv
 .DELETE_ON_ERROR:
 
 demo: install
@@ -46,6 +47,10 @@ SEED ?= 1
 chaos: dev
 	mkdir -p bench-results
 	PYTHONPATH=tests $(BIN)/python -m chaos --faults $(FAULTS) --seed $(SEED) --json bench-results/chaos.json
+
+crds: dev
+	$(BIN)/python -m tandem_operator.crds
+	$(BIN)/python -m tandem_operator.chart_values
 
 lint: dev
 	$(BIN)/ruff format --check platform operators tests

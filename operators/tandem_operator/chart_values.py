@@ -92,6 +92,9 @@ class NetworkPolicies(Section):
     operators: tuple[dict[str, Any], ...] = Field(
         (), description="Who may steer the fleet (FleetControl), beside the release's own operator."
     )
+    nodes: tuple[Annotated[str, Field(pattern=r"^[0-9a-fA-F.:]+/[0-9]{1,3}$")], ...] = Field(
+        (), description="Networks (CIDR) of the nodes whose engines have hostNetwork: they count as the fleet's pods."
+    )
 
 
 class Monitoring(Section):

@@ -14,7 +14,7 @@ import kopf
 from kubernetes.aio import client as kubernetes_client
 from kubernetes.aio import config as kubernetes_config
 
-from tandem_operator.names import FLEET_LABEL, MANAGER, OWN, Key, Kind, Object
+from tandem_operator.names import MANAGER, Key, Kind, Object, watched_label
 
 _DEADLINE_S = 15.0
 _SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount/token"
@@ -69,9 +69,10 @@ class Kube:
             raise
 
     async def list(self, kind: Kind, namespace: str | None) -> Object:
-        """All objects of a kind (of fleets, if the kind is not the operator's own); None = of all namespaces."""
+        """All objects of a kind that are looked at (`watched_label`); None = of all namespaces."""
         where = kind.path + (f"/namespaces/{quote(namespace)}" if namespace else "")
-        selector = {} if kind in OWN else {"labelSelector": FLEET_LABEL}
+        label = watched_label(kind)
+        selector = {"labelSelector": label} if label else {}
         return await self._call("GET", f"{where}/{kind.plural}", query=selector)
 
     async def apply(self, key: Key, obj: Object) -> Object:

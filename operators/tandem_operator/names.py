@@ -60,7 +60,13 @@ POOLS = Kind(GROUP, "", "", "Pools")
 """No kind of the API: the work on both pools of a fleet together, under the fleet's name."""
 
 OWN = (FLEET, POOL, EP_GROUP)
-"""Kinds that are the operator's own; of all others it looks only at objects with `FLEET_LABEL`."""
+"""Kinds that are the operator's own; of all others it looks only at objects of fleets (`watched_label`)."""
+
+
+def watched_label(kind: Kind) -> str | None:
+    """Which label an object must have to be looked at; of pods only those of engines are."""
+    return None if kind in OWN else GROUP_LABEL if kind is POD else FLEET_LABEL
+
 
 Object = dict[str, Any]
 """A Kubernetes object, as JSON has it."""

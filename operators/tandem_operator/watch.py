@@ -18,7 +18,9 @@ from tandem_operator.names import (
     EP_GROUP,
     FLEET,
     FLEET_LABEL,
+    GROUP_LABEL,
     OWN,
+    POD,
     POOL,
     POOLS,
     SERVICE,
@@ -26,9 +28,12 @@ from tandem_operator.names import (
     Key,
     Kind,
     Object,
+    group_name,
     key_of,
     owner,
+    watched_label,
 )
+from tandem_operator.pod_state import same, slim
 from tandem_operator.reconcile.context import Context
 
 _log = logging.getLogger(__name__)
@@ -37,7 +42,7 @@ _INACTIVE_S = 60.0
 
 def watched(budget: Kind | None) -> tuple[Kind, ...]:
     """The kinds that the operator looks at."""
-    return (*OWN, STATEFUL_SET, SERVICE, CONFIG_MAP, *((budget,) if budget else ()))
+    return (*OWN, STATEFUL_SET, SERVICE, CONFIG_MAP, POD, *((budget,) if budget else ()))
 
 
 class Feed:
@@ -54,6 +59,8 @@ class Feed:
         for kind in self.kinds:
             for namespace in self._namespaces or (None,):
                 listing = await self._ctx.kube.list(kind, namespace)
+                if kind is POD:
+                    listing = {**listing, "items": [slim(pod) for pod in listing["items"] or ()]}
                 for obj in self._ctx.cache.relist(kind, namespace, listing):
                     self._ask(kind, obj)
         for kind in OWN:
@@ -71,9 +78,17 @@ class Feed:
 
     def take(self, kind: Kind, event: str | None, obj: Object) -> None:
         """Take in one event of a watch: None (listed), ADDED, MODIFIED or DELETED."""
-        news = self._ctx.cache.remove(kind, obj) if event == "DELETED" else self._ctx.cache.put(kind, obj)
-        if news:
-            self._ask(kind, obj)
+        before = self._ctx.cache.get(key_of(kind, obj))
+        if kind is POD:
+            obj = slim(obj)
+        if event == "DELETED":
+            self._ctx.cache.remove(kind, obj)
+        else:
+            self._ctx.cache.put(kind, obj)
+            if kind is POD and same(before, obj):
+                return
+        # Also where it is no news to the cache: then it was our own write, which concerns other keys too.
+        self._ask(kind, obj)
 
     def fleet_changed(self, namespace: str, fleet: str) -> None:
         """A fleet's control service has news: of the fleet itself, its pools and its groups."""
@@ -106,8 +121,8 @@ class Feed:
         settings.watching.connect_timeout = 10
         settings.networking.request_timeout = 30
         for kind in self.kinds:
-            if kind not in OWN:
-                settings.watching.label_selectors[kind.group, kind.version, kind.plural] = FLEET_LABEL
+            if label := watched_label(kind):
+                settings.watching.label_selectors[kind.group, kind.version, kind.plural] = label
         return settings
 
     def _watch(self, registry: kopf.OperatorRegistry, kind: Kind) -> None:
@@ -132,6 +147,10 @@ def concerned(kind: Kind, obj: Object) -> Iterator[Key]:
     if kind is EP_GROUP:
         yield Key(EP_GROUP, namespace, meta["name"])
     if fleet is None:
+        return
+    if kind is POD:
+        yield Key(EP_GROUP, namespace, group_name(fleet, meta["labels"][GROUP_LABEL]))
+        yield Key(POOLS, namespace, fleet)
         return
     parent = owner(obj) or {"kind": "", "name": ""}
     if kind in (POOL, EP_GROUP):

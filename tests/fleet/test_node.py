@@ -219,9 +219,9 @@ async def test_another_number_of_gateways_leaves_those_that_run_alone(stage: Sta
     assert {one.url for one in both} == {f"http://{address(each)}:8000" for each in (GATEWAY, number)}
     # Back again: its node goes first, as a pod does, and its gateway leaves in order.
     second.send_signal(signal.SIGTERM)
-    stage.write(stage.config)
-    assert await asyncio.to_thread(second.wait, 40) == 0
+    assert await asyncio.to_thread(second.wait, 60) == 0
     assert "the gateway has stopped" in stage.log(f"join-{number}.log")
+    stage.write(stage.config)
     await seen(fleet, lambda fleet: fleet.gateways == first)
 
 

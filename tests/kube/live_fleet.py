@@ -24,6 +24,7 @@ from support.helm import CHART, helm
 from tandem.models.tiny import ensure_tiny
 
 NAME = "mini"
+RACK = "topology.tandem.dev/rack"
 OPERATOR_ACCOUNT = "tandem-operator"
 MODEL = "tiny"
 _TOKENS_S = 120.0
@@ -35,8 +36,14 @@ NEXT_IMAGE, MISSING_IMAGE = "tandem-engine:next", "tandem-engine:missing"
 
 def values(**spec: Any) -> dict[str, Any]:
     """Values of the chart for a fleet that two cores can run; `spec` is put over the Fleet's."""
-    small = {"resources": {"requests": {"cpu": "100m", "memory": "64Mi"}}}
-    engine = {**small, "sharedMemory": "256Mi", "ipcLock": False, "terminationGraceSeconds": 40}
+    small = {"resources": {"requests": {"cpu": "100m", "memory": "64Mi"}}, "nodeSelector": {RACK: "a"}}
+    # More than half of a test node, so that each engine has one of its own, and only at need that of the gateway.
+    engine = {
+        "resources": {"requests": {"cpu": "40", "memory": "64Mi"}},
+        "sharedMemory": "256Mi",
+        "ipcLock": False,
+        "terminationGraceSeconds": 40,
+    }
     pool = {"groups": 1, "nodes": 1, "gpusPerNode": 1, "pods": engine, "rollout": {"canarySeconds": 2}}
     fleet: dict[str, Any] = {
         "device": "cpu",

@@ -200,11 +200,12 @@ def test_every_binding_is_of_a_role_and_an_account_that_exist() -> None:
             ]
 
 
-def test_the_operators_rights_name_everything_and_touch_no_secrets_and_no_pods() -> None:
+def test_the_operators_rights_name_everything_and_touch_no_secrets_and_change_no_pods() -> None:
     for rule in rules(operators(template(values=EVERYWHERE)), "Role", "ClusterRole"):
         said = [*rule["apiGroups"], *rule["resources"], *rule["verbs"]]
         assert "*" not in said
-        assert not {"secrets", "pods", "nodes", "namespaces", "roles"} & set(rule["resources"])
+        assert not {"secrets", "nodes", "namespaces", "roles"} & set(rule["resources"])
+        assert "pods" not in rule["resources"] or set(rule["verbs"]) == {"list", "watch"}
 
 
 def test_without_rbac_or_account_of_its_own_none_is_made() -> None:
@@ -218,6 +219,19 @@ def test_people_who_may_view_cannot_change() -> None:
     view = next(obj for obj in kind(template(), "ClusterRole") if obj["metadata"]["name"].endswith("-view"))
     assert {verb for rule in view["rules"] for verb in rule["verbs"]} == {"get", "list", "watch"}
     assert kind(template(values={"people": {"aggregate": False}}), "ClusterRole") == []
+
+
+@pytest.mark.parametrize(
+    ("resource", "verbs"),
+    [
+        ("fleets", {"create", "update", "patch", "delete"}),
+        ("expertparallelpools/scale", {"get", "patch"}),
+        ("expertparallelgroups", {"patch", "delete"}),
+    ],
+)
+def test_people_who_may_edit_can_do_what_the_documentation_tells_them_to(resource: str, verbs: set[str]) -> None:
+    edit = next(obj for obj in kind(template(), "ClusterRole") if obj["metadata"]["name"].endswith("-edit"))
+    assert verbs <= {verb for rule in edit["rules"] if resource in rule["resources"] for verb in rule["verbs"]}
 
 
 # -- pods
@@ -312,10 +326,30 @@ def test_only_the_fleet_and_the_operator_steer_it() -> None:
 def test_clients_may_be_named() -> None:
     policies = kind(template(example=example("r1-4p-18d")), "NetworkPolicy")
     gateway = next(obj for obj in policies if obj["metadata"]["name"] == "r1-gateway")
-    assert [peer["namespaceSelector"]["matchLabels"] for peer in gateway["spec"]["ingress"][1]["from"]] == [
+    peers = gateway["spec"]["ingress"][1]["from"]
+    assert [peer["namespaceSelector"]["matchLabels"] for peer in peers if "namespaceSelector" in peer] == [
         {"tandem.dev/client": "true"},
         {"kubernetes.io/metadata.name": "monitoring"},
     ]
+
+
+def test_the_pod_of_helm_test_is_among_the_clients() -> None:
+    objects = template(example=example("r1-4p-18d"))
+    labels = only(objects, "Pod")["metadata"]["labels"]
+    gateway = next(obj for obj in kind(objects, "NetworkPolicy") if obj["metadata"]["name"] == "r1-gateway")
+    (peer,) = [one for one in gateway["spec"]["ingress"][1]["from"] if "podSelector" in one]
+    assert peer["podSelector"]["matchLabels"].items() <= labels.items()
+
+
+def test_nodes_of_engines_with_the_hosts_network_count_as_the_fleets_but_not_for_redis() -> None:
+    objects = template(values=FLEET | {"networkPolicies": {"nodes": ["10.1.0.0/16", "fd00::/64"]}})
+    nodes = [{"ipBlock": {"cidr": "10.1.0.0/16"}}, {"ipBlock": {"cidr": "fd00::/64"}}]
+    admitted = {
+        obj["metadata"]["name"]: [peer for peer in obj["spec"]["ingress"][0].get("from", ()) if "ipBlock" in peer]
+        for obj in kind(objects, "NetworkPolicy")
+        if obj["metadata"]["name"].startswith("r1-")
+    }
+    assert admitted == {"r1-engines": nodes, "r1-head": nodes, "r1-gateway": nodes, "r1-redis": []}
 
 
 # -- what is there only with an API

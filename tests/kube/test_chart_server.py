@@ -150,8 +150,9 @@ def test_the_fleet_of_a_release_survives_it_and_is_taken_up_again(
 
 def test_the_notes_say_what_to_do_next(kinds: Cluster, namespace: str, tmp_path: Path) -> None:
     notes = Helm3(kinds, namespace, tmp_path).install(WITH_FLEET)
-    assert f"kubectl -n {namespace} wait fleet/r1 --for=condition=Ready" in notes
-    assert "tandem keys create" in notes
+    assert f"kubectl -n {namespace} wait fleet/r1 --for=condition=Available" in notes
+    assert "exec r1-head-0 -- tandem keys create --tenant" in notes
+    assert notes.index("scale epp/r1-prefill epp/r1-decode --replicas=0") < notes.index("delete fleet/r1")
 
 
 def test_a_budget_is_made_in_the_version_that_the_server_has(kinds: Cluster, namespace: str, tmp_path: Path) -> None:
@@ -225,6 +226,17 @@ def test_a_pool_is_scaled_by_kubectl(kinds: Cluster, namespace: str) -> None:
     pool = kinds.get("expertparallelpools", "r1-decode", namespace, group=API)
     assert pool is not None
     assert pool["spec"]["replicas"] == 3
+
+
+def test_both_pools_are_scaled_to_nothing_as_the_notes_say(kinds: Cluster, namespace: str) -> None:
+    for role in ("prefill", "decode"):
+        body = resource("ExpertParallelPool", f"r1-{role}", POOL | {"role": role})
+        kinds.kubectl("create", "-n", namespace, "-f", "-", input=body)
+    kinds.kubectl("scale", "epp/r1-prefill", "epp/r1-decode", "--replicas=0", "-n", namespace)
+    for role in ("prefill", "decode"):
+        pool = kinds.get("expertparallelpools", f"r1-{role}", namespace, group=API)
+        assert pool is not None
+        assert pool["spec"]["replicas"] == 0
 
 
 SHOWN: list[tuple[str, Callable[[Cluster, str], None], list[str]]] = [

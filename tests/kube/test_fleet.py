@@ -5,10 +5,12 @@ The tests share one fleet and follow each other; each leaves it ready, with one 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import random
 import signal
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -17,6 +19,8 @@ from kube.audit import Right, granted, requests
 from kube.cluster import Cluster
 from kube.live_fleet import MISSING_IMAGE, NAME, NEXT_IMAGE, OPERATOR_ACCOUNT, LiveFleet, install, uninstall, values
 from support.helm import template
+from tandem.core.types import GroupSpec, Role
+from tandem.fleet.control_client import ControlClient
 
 pytestmark = pytest.mark.timeout(420)
 START_S = 240
@@ -115,9 +119,7 @@ def test_a_pod_deleted_by_hand_moves_its_streams_and_comes_back(fleet: LiveFleet
 
 
 def test_a_lost_node_costs_no_request(fleet: LiveFleet) -> None:
-    pod = fleet.cluster.pod(f"{NAME}-decode-1-0", fleet.namespace)
-    assert pod is not None
-    node = pod["spec"]["nodeName"]
+    node = node_of_one_decode_group(fleet)
     with fleet.traffic() as traffic:
         fleet.cluster.kubelet.lose_node(node)
         traffic.progress(100)
@@ -125,6 +127,14 @@ def test_a_lost_node_costs_no_request(fleet: LiveFleet) -> None:
         fleet.cluster.kubelet.return_node(node)
         fleet.kubectl("scale", "epp", f"{NAME}-decode", "--replicas=1")
         settled(fleet)
+
+
+def node_of_one_decode_group(fleet: LiveFleet) -> str:
+    """A node where a decode group is, and nothing else of the fleet: not its only gateway."""
+    pods = fleet.cluster.kubelet.objects("pods", fleet.namespace)
+    on = Counter(pod["spec"].get("nodeName") for pod in pods)
+    decode = [pod for pod in pods if pod["metadata"].get("labels", {}).get("tandem.dev/role") == "decode"]
+    return next(pod["spec"]["nodeName"] for pod in decode if on[pod["spec"]["nodeName"]] == 1)
 
 
 def test_a_rolling_change_of_both_pools_loses_no_request(fleet: LiveFleet) -> None:
@@ -143,16 +153,68 @@ def images(fleet: LiveFleet) -> set[str]:
     return {one["spec"]["template"]["image"]["name"] for one in found}
 
 
-def test_an_image_that_cannot_be_pulled_stops_the_change_and_the_fleet_answers(fleet: LiveFleet) -> None:
-    def why() -> str:
-        conditions = fleet.get("expertparallelpools", f"{NAME}-decode").get("status", {}).get("conditions", [])
-        return " ".join(one["reason"] for one in conditions)
+def test_a_load_step_makes_decode_go_up_and_down_by_itself(fleet: LiveFleet) -> None:
+    policy = {"minGroups": 1, "maxGroups": 2, "itlSeconds": 0.001, "upCooldownSeconds": 1, "downCooldownSeconds": 10}
+    planning = {"tickSeconds": 1, "fastWindowSeconds": 5, "slowWindowSeconds": 15}
+    images = {"engine": {"name": NEXT_IMAGE}}
+    with fleet.traffic(clients=4):
+        fleet.upgrade(images=images, decode={"autoscaling": policy}, planning=planning)
+        settled(fleet, decode=2)
+        assert "decode: 2 groups instead of 1: time between tokens" in described(fleet)
+    settled(fleet, decode=1)
+    assert "decode: 1 group instead of 2" in described(fleet)
+    fleet.upgrade(images=images)
 
+
+def described(fleet: LiveFleet) -> str:
+    return fleet.kubectl("describe", "epp", f"{NAME}-decode")
+
+
+def test_a_group_that_nobody_asked_kubernetes_for_is_drained(fleet: LiveFleet) -> None:
+    head = fleet.cluster.pod(f"{NAME}-head-0", fleet.namespace)
+    assert head is not None
+    stray = GroupSpec(group="decode-9", role=Role.DECODE, nodes=1)
+
+    async def groups(*new: GroupSpec) -> set[str]:
+        async with ControlClient(f"{head['status']['podIP']}:9000") as control:
+            for spec in new:
+                await control.put_group(spec)
+            return {one.group for one in (await control.fleet()).desired}
+
+    assert stray.group in asyncio.run(groups(stray))
+    fleet.cluster.wait(lambda: stray.group not in asyncio.run(groups()), 90, "the stray group has gone")
+    assert any("OrphanDrained" in one for one in fleet.cluster.events(NAME, fleet.namespace))
+
+
+def test_children_that_a_fleet_needs_no_more_are_removed(fleet: LiveFleet) -> None:
+    nothing = {"name": MISSING_IMAGE}  # its pods never run
+    spec = {"device": "cpu", "images": {"engine": nothing, "redis": nothing}}
+    other = {"apiVersion": "tandem.dev/v1alpha1", "kind": "Fleet", "metadata": {"name": "other"}, "spec": spec}
+    fleet.cluster.apply(other, namespace=fleet.namespace)
+    kinds = ("statefulset/other-redis", "service/other-redis", "statefulset/other-gateway", "pdb/other-gateway")
+
+    def there() -> set[str]:
+        return {one for one in kinds if "NotFound" not in fleet.kubectl("get", one, "-o", "name", check=False)}
+
+    fleet.cluster.wait(lambda: there() == set(kinds), 30)
+    elsewhere = {"redis": {"urlSecret": {"name": "state", "key": "url"}}, "ray": {"address": "ray.example:6379"}}
+    fleet.cluster.apply({**other, "spec": {**spec, **elsewhere}}, namespace=fleet.namespace)
+    fleet.cluster.wait(lambda: there() == set(), 30)
+    fleet.kubectl("delete", "fleet", "other", "--timeout=60s")
+
+
+def test_an_image_that_cannot_be_pulled_stops_the_change_and_the_fleet_answers(fleet: LiveFleet) -> None:
+    def taken_back(role: str) -> bool:
+        conditions = fleet.get("expertparallelpools", f"{NAME}-{role}").get("status", {}).get("conditions", [])
+        return bool({"RevisionFailed", "PartnerFailed"} & {one["reason"] for one in conditions})
+
+    now = fleet.get("fleets", NAME)["spec"]["images"]["engine"]
+    missing = {"engine": {"name": MISSING_IMAGE}, "platform": now}  # head and gateways have an image of their own
     quick = {"rollout": {"canarySeconds": 2, "progressSeconds": 15}}
     with fleet.traffic():
-        fleet.upgrade(images={"engine": {"name": MISSING_IMAGE}}, prefill=quick, decode=quick)
-        fleet.cluster.wait(lambda: "RolledBack" in why(), 120, "the change was taken back")
-        fleet.upgrade(images={"engine": {"name": NEXT_IMAGE}})
+        fleet.upgrade(images=missing, prefill=quick, decode=quick)
+        fleet.cluster.wait(lambda: taken_back("prefill") and taken_back("decode"), 120, "the change was taken back")
+        fleet.upgrade(images={"engine": now})
         settled(fleet)
 
 
@@ -166,6 +228,7 @@ RIGHTS = {
     ("tandem.dev", "expertparallelgroups"): "get list watch create patch delete",
     ("tandem.dev", "expertparallelgroups/status"): "patch",
     ("apps", "statefulsets"): "list watch create patch delete",
+    ("", "pods"): "list watch",
     ("", "services"): "list watch create patch delete",
     ("", "configmaps"): "list watch create patch",
     ("policy", "poddisruptionbudgets"): "list watch create patch delete",

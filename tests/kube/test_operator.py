@@ -57,6 +57,14 @@ class Operator:
         lines = [line for line in text.splitlines() if line.partition("{")[0].partition(" ")[0] == name]
         return sum(float(line.rpartition(" ")[2]) for line in lines if all(part in line for part in wanted))
 
+    def is_ready(self) -> bool:
+        """Whether its readiness probe passes."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/readyz", timeout=5) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False
+
     def looks(self, kind: str) -> float:
         """How often it has looked at objects of that kind, with success."""
         return self.counted("tandem_operator_reconciles_total", kind=kind, result="done")
@@ -118,6 +126,13 @@ class World:
         status = (self.one(name) or {}).get("status") or {}
         return next((entry for entry in status.get("conditions", ()) if entry["type"] == kind), {"status": "?"})
 
+    def calm(self) -> bool:
+        """Whether both groups of a new fleet have told of all their pods that they find no image, the last news."""
+        groups = ("ExpertParallelGroup/f-prefill-0", "ExpertParallelGroup/f-decode-0")
+        told = [self.condition(group, "PodsReady").get("message", "") for group in groups]
+        assert all(message.count("ErrImagePull") == 2 for message in told), f"they say {told}"
+        return True
+
     def ready(self, summary: str = "1/1 1/1") -> None:
         """Wait until that many groups are ready, and all is told."""
 
@@ -178,10 +193,19 @@ def test_a_fleet_comes_up_with_everything_that_it_needs(world: World) -> None:
     assert world.condition("Fleet/f", "Available")["message"] == "no gateway is ready"
 
 
+def test_a_group_says_what_its_pods_wait_for(world: World) -> None:
+    world.fleet()
+    world.operator()
+    world.wait(world.calm)
+    told = world.condition("ExpertParallelGroup/f-decode-0", "PodsReady")["message"]
+    assert f"f-decode-0-1: ErrImagePull: the image {IMAGE} cannot be pulled" in told
+
+
 def test_a_second_pass_writes_nothing(world: World) -> None:
     world.fleet()
     first = world.operator()
     world.ready()
+    world.wait(world.calm)
     first.kill(signal.SIGTERM)
     before = {name: one["metadata"]["resourceVersion"] for name, one in world.all().items()}
     second = world.operator()
@@ -314,7 +338,7 @@ def test_of_two_operators_one_acts_and_the_other_takes_over(world: World) -> Non
     first = world.operator()
     world.wait(lambda: first.counted("tandem_operator_leader") == 1)
     second = world.operator()
-    world.wait(lambda: urllib.request.urlopen(f"http://127.0.0.1:{second.port}/readyz", timeout=5).status == 200)
+    world.wait(second.is_ready)
     world.fleet()
     world.ready()
     assert second.counted("tandem_operator_writes_total") == 0

@@ -21,6 +21,8 @@ from tandem.gateway.access.keys import KEY_PATTERN
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TANDEM_HOME", str(tmp_path))
+    for name in ("TANDEM_CONTROL", "TANDEM_CONFIG", "TANDEM_STATE_URL", "TANDEM_TENANTS"):
+        monkeypatch.delenv(name, raising=False)
     return tmp_path
 
 
@@ -164,3 +166,36 @@ def test_a_file_with_an_embedded_store_needs_its_fleet_to_run_here(home: Path) -
     file = home / "fleet.yaml"
     file.write_text("name: far\ntenants: {acme: {}}\n")
     assert "no fleet named far runs" in failure("create", "--tenant", "acme", "--file", str(file))
+
+
+def test_in_the_pod_of_a_head_store_and_tenants_are_those_of_its_secrets(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, tenants = home / "fleet.json", home / "tenants.yaml"
+    file.write_text(json.dumps({"name": "r1", "state": {"url": "redis://TANDEM_STATE_URL/0"}}))
+    tenants.write_text("acme: {}\n")
+    monkeypatch.setenv("TANDEM_CONFIG", str(file))
+    monkeypatch.setenv("TANDEM_STATE_URL", f"embedded:{home}/shared")
+    assert "has no tenants" in failure("create", "--tenant", "acme")
+    monkeypatch.setenv("TANDEM_TENANTS", str(tenants))
+    key = made()
+    assert [shown["id"] for shown in listed()] == [key["id"]]
+    assert [shown["id"] for shown in listed("-f", str(file))] == [key["id"]]
+
+
+@pytest.mark.parametrize(
+    ("url", "tenants"),
+    [("hush://x", "acme: {}"), ("redis://:hush@127.0.0.1:1/0", "acme: {}"), ("embedded:x", "acme: {hush: 1hush}")],
+)
+def test_secrets_of_the_pod_are_not_told_when_they_are_wrong(
+    url: str, tenants: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, further = home / "fleet.json", home / "tenants.yaml"
+    file.write_text(json.dumps({"name": "r1", "state": {"url": "redis://TANDEM_STATE_URL/0"}}))
+    further.write_text(tenants)
+    monkeypatch.setenv("TANDEM_STATE_URL", url)
+    monkeypatch.setenv("TANDEM_TENANTS", str(further))
+    said = failure("create", "--tenant", "acme", "-f", str(file))
+    assert ":hush" not in said
+    assert "1hush" not in said
+    assert "hush://" not in said

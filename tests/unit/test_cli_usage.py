@@ -25,6 +25,8 @@ cli.command()(command.usage)
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TANDEM_HOME", str(tmp_path / "home"))
+    for name in ("TANDEM_CONTROL", "TANDEM_CONFIG", "TANDEM_STATE_URL"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(command.time, "time", lambda: NOW)
     return tmp_path / "home"
 
@@ -125,6 +127,25 @@ def test_gpu_hours_are_those_of_the_whole_time_and_of_both_pools(home: Path) -> 
     gpu = answer("--gpu-hours", "--since", "1h")["gpu"]
     assert (gpu["hours"], gpu["money"], gpu["per_million_tokens"]) == ("65.000000", "130.000000", "130.000000")
     assert answer("--gpu-hours", "--since", "1h", "--gpus", "8", "--gpu-price", "0.5")["gpu"]["money"] == "4.000000"
+
+
+def test_in_the_pod_of_a_head_it_reads_the_stream_that_the_secret_names(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home.mkdir()
+    file = home / "fleet.json"
+    pools = {"prefill": {"groups": 0}, "decode": {"groups": 0}}
+    file.write_text(json.dumps({"name": "r1", "state": {"url": "redis://TANDEM_STATE_URL/0"}, **pools}))
+    monkeypatch.setenv("TANDEM_CONFIG", str(file))
+    monkeypatch.setenv("TANDEM_STATE_URL", "redis://:hush@127.0.0.1:1/0")
+    result = usage()
+    assert result.exit_code == 1
+    assert "127.0.0.1:1" in result.stderr
+    assert "hush" not in result.stderr
+    assert "is of fleet r1, not r2" in usage("--fleet", "r2").stderr.replace("\n", " ")
+    folder = write(home / "u", record(1))
+    said = usage("--folder", str(folder), "--gpu-hours", "--gpu-price", "2").stderr
+    assert "say with --gpus" in said
 
 
 def test_csv_has_a_line_a_group_and_no_formula(tmp_path: Path) -> None:

@@ -40,6 +40,24 @@ tandem.dev/component: {{ . }}
 {{- end }}
 {{- end -}}
 
+{{/* Who belongs to a fleet, as peers: its pods, and nodes on which they have the host's network: dict "fleet" "nodes". */}}
+{{- define "tandem.fleet.peers" -}}
+- podSelector:
+    matchLabels:
+      {{- include "tandem.fleet.selector" (dict "fleet" .fleet) | nindent 6 }}
+{{- range .nodes }}
+- ipBlock:
+    cidr: {{ . | quote }}
+{{- end }}
+{{- end -}}
+
+{{/* Labels that find the pod of `helm test`. */}}
+{{- define "tandem.test.selector" -}}
+app.kubernetes.io/name: tandem
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/component: test
+{{- end -}}
+
 {{/* Whether an object of an API that may not be there is made: dict "wish" "auto" "api" "group/version" "root" $. */}}
 {{- define "tandem.wanted" -}}
 {{- if or (eq .wish "always") (and (eq .wish "auto") (.root.Capabilities.APIVersions.Has .api)) -}}yes{{- end -}}
@@ -69,7 +87,10 @@ tandem.dev/component: {{ . }}
 - apiGroups: [tandem.dev]
   resources: [fleets/status, expertparallelpools/status, expertparallelgroups/status]
   verbs: [patch]
-# Children. It reads no Secrets (pods get theirs from the kubelet), and touches no pods.
+# Children. It reads no Secrets (pods get theirs from the kubelet), and changes no pods: it sees what they wait for.
+- apiGroups: [""]
+  resources: [pods]
+  verbs: [list, watch]
 - apiGroups: [apps]
   resources: [statefulsets]
   verbs: [list, watch, create, patch, delete]

@@ -73,7 +73,12 @@ class PodOptions(Section):
     scheduler_name: str | None = Field(None, description="None = the cluster's default.")
     labels: dict[str, str] = Field(default_factory=dict, description="Further labels.")
     annotations: dict[str, str] = Field(default_factory=dict, description="Further annotations.")
-    run_as_user: int | None = Field(None, ge=0, description="None = the image's user, which is not root.")
+    run_as_user: int | None = Field(
+        None,
+        ge=0,
+        description="None = the image's user: 65532 in Tandem's images, root in SGLang's. "
+        "A namespace that enforces restricted pod security needs a number above 0 here.",
+    )
     read_only_root: bool = Field(True, description="The root file system cannot be written; /tmp and /run can.")
 
 

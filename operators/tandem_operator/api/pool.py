@@ -82,7 +82,7 @@ class PoolSpec(Section):
     replicas: int = Field(1, ge=0, le=1024, description="Groups.")
     nodes: int = Field(2, ge=1, le=64, description="Nodes (pods, ranks) per group.")
     gpus_per_node: int = Field(8, ge=1, le=16, description="GPUs per node.")
-    paused: bool = Field(False, description="Neither scale by itself nor roll out changes.")
+    paused: bool = Field(False, description="Neither scale by itself nor roll out changes. Anybody may set it.")
     autoscaling: AutoscalingConfig | None = Field(None, description="None = as many groups as somebody says.")
     rollout: Rollout = Field(default_factory=Rollout)
     template: EngineTemplate

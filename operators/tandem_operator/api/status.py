@@ -114,6 +114,7 @@ class GroupStatus(Section):
     state: GroupState | None = Field(None, description="What the fleet's controller says; none = nothing yet.")
     reason: str = Field("", description="Why it is so.")
     epoch: int = Field(0, description="Raised at each restart of the group.")
+    first_epoch: int = Field(0, description="The one that it began with; groups of the same id follow each other.")
     weight_version: str = Field("", description="Of the weights that it serves.")
     ready_ranks: str = Field("", description="Such as 2/2.")
     ranks: tuple[RankStatus, ...] = Field((), description="Its engine processes, one per node.")

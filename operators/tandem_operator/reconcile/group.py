@@ -22,14 +22,17 @@ from tandem_operator.names import (
     STATEFUL_SET,
     VOLCANO_GANG,
     Key,
+    Kind,
     Object,
     leaving,
 )
+from tandem_operator.pod_state import PodsState, pods_of
 from tandem_operator.reconcile.context import Context, rfc3339, unix
 from tandem_operator.render.config import SpecError, fleet_spec
 from tandem_operator.render.group import group_children
 
 _AGAIN_S = 2.0
+_LONGEST_REASON = 500
 _PHASES = {
     GroupState.STARTING: "Starting",
     GroupState.READY: "Ready",
@@ -64,9 +67,9 @@ async def reconcile_group(ctx: Context, key: Key) -> float | None:
             except (NotOurs, Busy) as error:
                 trouble.append(str(error))
             except KubeError as error:
-                if error.status != 404 or child.kind not in (VOLCANO_GANG, COSCHEDULING_GANG):
+                if error.status not in (403, 404) or child.kind not in (VOLCANO_GANG, COSCHEDULING_GANG):
                     raise
-                trouble.append(f"the cluster has no {child.kind.plural}.{child.kind.group}: install that scheduler")
+                trouble.append(_no_gang(child.kind, spec.template.pods.gang.scheduler, error.status))
     again = _AGAIN_S if trouble else None
     if link.reachable and not fleet_says.paused:
         try:
@@ -78,6 +81,14 @@ async def reconcile_group(ctx: Context, key: Key) -> float | None:
     if link.known:
         await _tell(ctx, key, group, spec, link, trouble)
     return again
+
+
+def _no_gang(kind: Kind, scheduler: str, status: int) -> str:
+    """Why a group has no object for its gang scheduler, and what to do."""
+    what = f"{kind.plural}.{kind.group}"
+    if status == 404:
+        return f"the cluster has no {what}: install that scheduler"
+    return f"the operator may not make {what}: add {scheduler} to operator.gangSchedulers in its chart's values"
 
 
 def wish_of(spec: GroupSpec) -> Wish:
@@ -212,14 +223,12 @@ async def _tell_leaving(
 async def _tell(ctx: Context, key: Key, group: Object, spec: GroupSpec, link: FleetLink, trouble: list[str]) -> None:
     there = _found(link.snapshot, spec.group) if link.reachable else None
     status = _status(group, spec, there)
+    placed = pods_of(ctx.cache, key, spec.nodes)
+    if placed.waits:
+        status["reason"] = placed.waits[:_LONGEST_REASON]  # the fleet only says that it waits for nodes
     stateful = ctx.cache.get(Key(STATEFUL_SET, key.namespace, key.name)) or {}
     joined = int((stateful.get("status") or {}).get("readyReplicas") or 0)
-    pods = told(
-        "PodsReady",
-        joined >= spec.nodes,
-        "Joined" if joined >= spec.nodes else "Waiting",
-        f"{joined} of {spec.nodes} pods have joined the Ray cluster.",
-    )
+    pods = _pods_ready(spec, joined, placed)
     if not link.reachable:
         ready = told("Ready", None, "ControlUnreachable", link.why)
         if (known := group.get("status")) and known.get("state"):
@@ -234,6 +243,14 @@ async def _tell(ctx: Context, key: Key, group: Object, spec: GroupSpec, link: Fl
     await ctx.tell_status(key, group, status, found)
 
 
+def _pods_ready(spec: GroupSpec, joined: int, placed: PodsState) -> Told:
+    message = f"{joined} of {spec.nodes} pods have joined the Ray cluster"
+    if joined >= spec.nodes:
+        return told("PodsReady", True, "Joined", f"{message}.")
+    message += f"; {placed.waits}" if placed.waits else f", {placed.scheduled} have a node."
+    return told("PodsReady", False, "Waiting", message[:1000])
+
+
 def _found(snapshot: FleetSnapshot | None, group: str) -> Group | None:
     return next((found for found in (snapshot.groups if snapshot else ()) if found.group == group), None)
 
@@ -245,6 +262,7 @@ def _status(group: Object, spec: GroupSpec, there: Group | None) -> Object:
         "phase": _PHASES[there.state] if there is not None else "Pending",
         "reason": there.reason if there is not None else "",
         "epoch": there.epoch if there is not None else 0,
+        "firstEpoch": _first_epoch(group, there),
         "weightVersion": there.weight_version if there is not None else "",
         "readyRanks": f"{ready}/{spec.nodes}",
         "ranks": [_rank(rank) for rank in ranks],
@@ -254,6 +272,13 @@ def _status(group: Object, spec: GroupSpec, there: Group | None) -> Object:
     if there is not None:
         status["state"] = there.state.value
     return status
+
+
+def _first_epoch(group: Object, there: Group | None) -> int:
+    """The epoch that the fleet began this group with: a group that had its id before may have left it any number."""
+    if there is None:
+        return 0
+    return int((group.get("status") or {}).get("firstEpoch") or there.epoch)
 
 
 def _rank(rank: Rank) -> Object:

@@ -32,11 +32,13 @@ from tandem_operator.names import (
     Key,
     Object,
     group_name,
+    key_of,
     labels,
     leaving,
     owned_by,
     pool_name,
 )
+from tandem_operator.pod_state import pods_of
 from tandem_operator.reconcile.context import Context
 from tandem_operator.reconcile.members import members_of, rules_of
 from tandem_operator.render.config import SpecError, fleet_spec
@@ -74,6 +76,11 @@ class _Pool:
     kv_format: str
     groups: tuple[Object, ...]
 
+    @property
+    def fleet(self) -> Key:
+        """Its fleet."""
+        return Key(FLEET, self.key.namespace, self.spec.fleet)
+
 
 async def reconcile_pools(ctx: Context, key: Key) -> float | None:
     """Bring the groups of a fleet's pools closer to what they should be; return in how many seconds to look again."""
@@ -89,14 +96,15 @@ async def reconcile_pools(ctx: Context, key: Key) -> float | None:
         return None  # the Fleet makes them
     link = ctx.links.open(key.namespace, key.name)
     known = _remembered(ctx, key)
-    plans = roll([_pool(pool, link, fleet_says, known) for pool in pools.values()], ctx.now())
+    plans = roll([_pool(ctx, pool, link, fleet_says, known) for pool in pools.values()], ctx.now())
     trouble: dict[Role, str] = {}
     if not fleet_says.paused:
         if link.reachable:  # else nobody knows how the groups are, and a memory of that would be wrong
             known = await _remember(ctx, fleet, known, pools, plans)
         for role, pool in pools.items():
             try:
-                await _carry_out(ctx, fleet, pool, plans[role], known, link)
+                if lost := await _carry_out(ctx, pool, plans[role], known, link):
+                    trouble[role] = lost
             except (NotOurs, Busy) as error:
                 trouble[role] = str(error)
             await _ensure_budget(ctx, pool, link)
@@ -119,8 +127,14 @@ def _read(ctx: Context, namespace: str, fleet: str, role: Role) -> _Pool | None:
     return _Pool(key, obj, spec, revision, kv_format, tuple(groups))
 
 
-def _pool(pool: _Pool, link: FleetLink, fleet: FleetSpec, known: Remembered) -> Pool:
+def _pool(ctx: Context, pool: _Pool, link: FleetLink, fleet: FleetSpec, known: Remembered) -> Pool:
     snapshot = link.snapshot if link.reachable else None
+    places = None
+    if fleet.ray.address is None:
+        places = {
+            one["spec"]["group"]: pods_of(ctx.cache, key_of(EP_GROUP, one), one["spec"]["nodes"]) for one in pool.groups
+        }
+    memory = known.memories.get(pool.spec.role, Memory())
     return Pool(
         role=pool.spec.role,
         groups=pool.spec.replicas,
@@ -131,8 +145,8 @@ def _pool(pool: _Pool, link: FleetLink, fleet: FleetSpec, known: Remembered) -> 
         rules=rules_of(pool.spec.rollout),
         paused=pool.spec.paused or fleet.paused,
         held=_held(snapshot),
-        members=members_of(pool.groups, snapshot, link.loads, fleet.ray.address is None),
-        memory=known.memories.get(pool.spec.role, Memory()),
+        members=members_of(pool.groups, snapshot, link.loads, places, memory.good),
+        memory=memory,
     )
 
 
@@ -145,23 +159,32 @@ def _held(snapshot: FleetSnapshot | None) -> str:
     return ""
 
 
-async def _carry_out(ctx: Context, fleet: Object, pool: _Pool, plan: Plan, known: Remembered, link: FleetLink) -> None:
+async def _carry_out(ctx: Context, pool: _Pool, plan: Plan, known: Remembered, link: FleetLink) -> str:
+    """Do what was planned; return why a part of it cannot be done, in one sentence. Raises NotOurs and Busy."""
+    trouble = ""
     for action in plan.actions:
         name = group_name(pool.spec.fleet, action.group)
         key = Key(EP_GROUP, pool.key.namespace, name)
         match action:
             case Create(group=group, revision=revision):
-                spec, kv_format = _template(pool, revision, known)
+                if (found := _template(pool, revision, known)) is None:
+                    trouble = (
+                        f"{group} should be made again of revision {revision}, whose template nobody has kept"
+                        f" (ConfigMap {_memory_key(pool.fleet).name}): give the Fleet a template that serves"
+                    )
+                    continue
+                spec, kv_format = found
                 body = group_object(pool.obj, group_spec(pool.obj, spec, group, revision, kv_format, cordoned=False))
                 if await ctx.applier.ensure(key, body, pool.obj):
                     await ctx.recorder.tell(POOL, pool.obj, "GroupAdded", f"{group} is made (revision {revision}).")
             case Remove(group=group, reason=reason) if link.reachable:
                 if await ctx.applier.remove(key, pool.obj):
                     await ctx.recorder.tell(POOL, pool.obj, "GroupRemoved", f"{group} drains and goes: {reason}.")
+    return trouble
 
 
-def _template(pool: _Pool, revision: str, known: Remembered) -> tuple[PoolSpec, str]:
-    """What a group of a revision is made of."""
+def _template(pool: _Pool, revision: str, known: Remembered) -> tuple[PoolSpec, str] | None:
+    """What a group of a revision is made of; None = nobody knows any more, so none is made under its name."""
     if revision == pool.revision:
         return pool.spec, pool.kv_format
     if (kept := known.revisions.get(revision)) is not None:
@@ -171,7 +194,7 @@ def _template(pool: _Pool, revision: str, known: Remembered) -> tuple[PoolSpec, 
             spec = GroupSpec.model_validate(group["spec"])
             same = {"nodes": spec.nodes, "gpus_per_node": spec.gpus_per_node, "template": spec.template}
             return pool.spec.model_copy(update=same), spec.template.kv_format
-    return pool.spec, pool.kv_format  # it is not known any more; what is wanted is the best guess
+    return None
 
 
 # -- memory

@@ -95,7 +95,14 @@ def _path(spec: FleetSpec) -> Path | None:
 
 
 def _pool(pool: FleetPool) -> PoolConfig:
-    return PoolConfig(groups=0, nodes=pool.nodes, gpus_per_node=pool.gpus_per_node)
+    """Its shape and all that the head checks it with; flags and environment come with each group."""
+    return PoolConfig(
+        groups=0,
+        nodes=pool.nodes,
+        gpus_per_node=pool.gpus_per_node,
+        redundant_experts=pool.redundant_experts,
+        max_total_tokens=pool.max_total_tokens,
+    )
 
 
 def _tls() -> TlsConfig:

@@ -121,7 +121,9 @@ def _head(name: str, namespace: str, spec: FleetSpec) -> Object:
 def _gateway(name: str, namespace: str, spec: FleetSpec) -> Object:
     gateway = spec.gateway
     scheme = "HTTPS" if gateway.tls_secret else "HTTP"
-    probe = pods.http_probe("/ready", gateway.http_port, scheme=scheme, periodSeconds=2, timeoutSeconds=2)
+    # Not /ready: that needs a pair of ready groups, and requests are to wait for one in the gateway (capacity_wait_s),
+    # which they reach only through a pod that is ready.
+    probe = pods.http_probe("/health", gateway.http_port, scheme=scheme, periodSeconds=2, timeoutSeconds=2)
     container = pods.container(
         "gateway",
         pods.platform_image(spec),

@@ -16,7 +16,10 @@ def pool_of(spec: FleetSpec, role: Role) -> FleetPool:
 
 
 def pool_object(fleet: Object, spec: FleetSpec, role: Role) -> Object:
-    """A pool, without `replicas`: those belong to whoever scales it."""
+    """A pool, without `replicas`: those belong to whoever scales it.
+
+    `paused` is only said when the whole Fleet is paused: else it belongs to whoever pauses this pool alone.
+    """
     name = fleet["metadata"]["name"]
     pool = pool_of(spec, role)
     path = pods.model_path(str(spec.model.path) if spec.model.path else None, spec.model.volume)
@@ -42,6 +45,8 @@ def pool_object(fleet: Object, spec: FleetSpec, role: Role) -> Object:
     )
     body = body_of(wanted)
     del body["replicas"]
+    if not spec.paused:
+        del body["paused"]
     return {
         "metadata": {
             "labels": labels(name, "engine", role=role),

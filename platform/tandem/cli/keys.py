@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import time
 from collections.abc import AsyncIterator
@@ -20,6 +21,8 @@ from tandem.cli.console import make_console
 from tandem.cli.running import AsJson, FleetName, fail, find, run
 from tandem.cli.up import read_config
 from tandem.config import FleetConfig
+from tandem.fleet.host_steps import HostError
+from tandem.fleet.node_config import with_secrets
 from tandem.fleet.run_folder import RunFolder
 from tandem.gateway.access.keys import KEY_ID, KEY_PATTERN, PREFIX, KeyRecord, keep, mint, read_keys, revoke
 from tandem.state import Store, open_store
@@ -28,7 +31,13 @@ app = typer.Typer(name="keys", help="Make, list and revoke the API keys of tenan
 
 File = Annotated[
     Path | None,
-    typer.Option("-f", "--file", help="The fleet's fleet.yaml, for one that does not run on this machine."),
+    typer.Option(
+        "-f",
+        "--file",
+        envvar="TANDEM_CONFIG",
+        help="The fleet's configuration, for one that does not run on this machine. TANDEM_STATE_URL and "
+        "TANDEM_TENANTS (a file) count with it, as for `tandem node head`: its pod has all three.",
+    ),
 ]
 
 _UNITS = {"m": 60.0, "h": 3600.0, "d": 86400.0, "w": 7 * 86400.0, "y": 365 * 86400.0}
@@ -114,7 +123,7 @@ async def _revoke(fleet: str, file: Path | None, name: str) -> KeyRecord | None:
 @contextlib.asynccontextmanager
 async def _opened(fleet: str, file: Path | None) -> AsyncIterator[tuple[Store, FleetConfig]]:
     """The fleet's store and configuration. Raises NotRunning, StoreError."""
-    config = None if file is None else read_config(file)
+    config = None if file is None else _of_file(file)
     if config is None or config.state.url == "embedded":
         # The file of an embedded store is this machine's, and its fleet runs here.
         folder, record = find(config.name if config else fleet)
@@ -126,6 +135,19 @@ async def _opened(fleet: str, file: Path | None) -> AsyncIterator[tuple[Store, F
         yield store, config
     finally:
         await store.close()
+
+
+def _of_file(file: Path) -> FleetConfig:
+    """The configuration as the head has it: the URL of the store, and tenants, may be in Secrets."""
+    tenants = os.environ.get("TANDEM_TENANTS")
+    try:
+        return with_secrets(
+            read_config(file),
+            tenants=Path(tenants) if tenants else None,
+            state_url=os.environ.get("TANDEM_STATE_URL", ""),
+        )
+    except HostError as error:
+        fail(str(error))
 
 
 def _check_tenant(tenant: str, config: FleetConfig) -> None:

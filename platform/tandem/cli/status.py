@@ -12,12 +12,13 @@ from rich.live import Live
 
 from tandem.cli.console import make_console
 from tandem.cli.https import Access, Ca, Certificate, CertificateKey, GatewayClient, access_to
-from tandem.cli.running import AsJson, FleetName, find, run, snapshot_from_store
+from tandem.cli.running import AsJson, FleetName, elsewhere, find, run, snapshot_from_store
 from tandem.cli.tables import fleet_view
 from tandem.core.types import DpLoad, FleetSnapshot
 from tandem.engine.http1 import HttpFailure, Pool
 from tandem.fleet.control_client import ControlClient, ControlError
 from tandem.fleet.counters import Counters, read_counters
+from tandem.fleet.run_folder import HostRecord, RunFolder
 
 REFRESH_S = 1.0
 
@@ -46,9 +47,9 @@ def status(
 async def full_status(fleet: str, access: Access | None = None) -> dict[str, Any]:
     """What `--json` prints: the snapshot, the load, and what every rank and gateway has counted ({} = not told)."""
     snapshot, loads = await _read(fleet)
-    folder, record = find(fleet)
+    folder, record = (None, None) if elsewhere() else find(fleet)
     pool = Pool()
-    gateways = GatewayClient(access_to(folder.config(), access or Access()))
+    gateways = GatewayClient(access_to(folder.config() if folder else None, access or Access()))
     asked: dict[str, Pool | GatewayClient] = {
         rank.metrics: pool for group in snapshot.groups for rank in group.ranks if rank.metrics
     }
@@ -59,10 +60,14 @@ async def full_status(fleet: str, access: Access | None = None) -> dict[str, Any
         await pool.close()
     return {
         **msgspec.to_builtins(snapshot),
-        "host": {"pid": record.pid, "run": record.run, "logs": str(folder.logs), "scratch": record.scratch},
+        "host": _host(folder, record) if folder and record else None,
         "loads": msgspec.to_builtins(loads),
         "counters": dict(zip(asked, answers, strict=True)),
     }
+
+
+def _host(folder: RunFolder, record: HostRecord) -> dict[str, Any]:
+    return {"pid": record.pid, "run": record.run, "logs": str(folder.logs), "scratch": record.scratch}
 
 
 async def _counters(client: Pool | GatewayClient, url: str) -> Counters:

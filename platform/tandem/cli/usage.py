@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import os
 import re
 import sqlite3
 import sys
@@ -21,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tandem.cli.console import make_console
-from tandem.cli.running import AsJson, FleetName, errors, fail
+from tandem.cli.running import DEFAULT_FLEET, AsJson, FleetName, errors, fail
 from tandem.core.usage import (
     R1_PRICE,
     Aggregation,
@@ -71,8 +72,10 @@ class _Pool(msgspec.Struct):
 
 
 class _Config(msgspec.Struct):
-    """What this command needs of the configuration that the fleet last ran with (`config.json`)."""
+    """What this command needs of the configuration that the fleet last ran with (`config.json`), or in the pod of a
+    head of that which it has (`TANDEM_CONFIG`)."""
 
+    name: str = "laptop"
     metering: _Metering = msgspec.field(default_factory=_Metering)
     state: _State = msgspec.field(default_factory=_State)
     prefill: _Pool = msgspec.field(default_factory=_Pool)
@@ -147,6 +150,8 @@ def usage(
     now = time.time()
     try:
         config = _config(fleet)
+        if os.environ.get("TANDEM_CONFIG") and config is not None:
+            fleet = config.name
         wanted = by or []
         start, end = _moment(since, now), _moment(until, now)
         table = _prices(config, model_price or [])
@@ -229,13 +234,22 @@ def _source(config: _Config | None, fleet: str, folder: Path | None, redis: str 
 
 
 def _config(fleet: str) -> _Config | None:
-    path = RunFolder(fleet).path / "config.json"
+    pods = os.environ.get("TANDEM_CONFIG", "")
+    path = Path(pods) if pods else RunFolder(fleet).path / "config.json"
     try:
-        return msgspec.json.decode(path.read_bytes(), type=_Config)
+        config = msgspec.json.decode(path.read_bytes(), type=_Config)
     except FileNotFoundError:
         return None
     except msgspec.MsgspecError as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
+    if pods:
+        if fleet not in (DEFAULT_FLEET, config.name):
+            raise UsageError(
+                f"{path} is of fleet {config.name}, not {fleet}: leave --fleet out, or unset TANDEM_CONFIG"
+            )
+        if url := os.environ.get("TANDEM_STATE_URL"):
+            config.state.url = url
+    return config
 
 
 # What the options mean
@@ -289,6 +303,8 @@ def _gpu_cost(
         if config is None:
             raise UsageError("say with --gpus how many GPUs there are")
         gpus = sum(pool.groups * pool.nodes * pool.gpus_per_node for pool in (config.prefill, config.decode))
+        if not gpus:  # in Kubernetes the operator knows how many groups there are
+            raise UsageError("say with --gpus how many GPUs there are: the configuration has no groups")
     dollars = hour_price if hour_price is not None else (config.metering.gpu_hour_price if config is not None else None)
     if dollars is None:
         raise UsageError("say with --gpu-price, or metering.gpu_hour_price in fleet.yaml, what a GPU-hour costs")

@@ -20,20 +20,25 @@ def read_config(file: Path, *, tenants: Path | None = None, state_url: str = "")
         raise HostError(f"{file} cannot be read: {error}") from error
     except ValidationError as error:
         raise HostError(f"{file} is no fleet's configuration: {_mistakes(error)}") from error
+    config = with_secrets(config, tenants=tenants, state_url=state_url)
+    if config.state.url.startswith("embedded"):
+        raise HostError("state.url is embedded, a file that other nodes cannot see: give a redis:// URL")
+    if config.ray.address is not None:
+        raise HostError("ray.address is set: a head runs a cluster of its own, so leave it out")
+    return config
+
+
+def with_secrets(config: FleetConfig, *, tenants: Path | None = None, state_url: str = "") -> FleetConfig:
+    """`config` with what the pod's environment names besides, as in `read_config`. Raises HostError."""
     changes: dict[str, object] = {}
     if tenants is not None:
         changes["tenants"] = {**{name: one.model_dump() for name, one in config.tenants.items()}, **_read(tenants)}
     if state_url:
         changes["state"] = {"url": state_url}
     try:
-        config = FleetConfig.model_validate({**config.model_dump(), **changes})
+        return FleetConfig.model_validate({**config.model_dump(), **changes})
     except ValidationError as error:
         raise HostError(f"with {tenants or 'TANDEM_STATE_URL'} it is no configuration: {_mistakes(error)}") from error
-    if config.state.url.startswith("embedded"):
-        raise HostError("state.url is embedded, a file that other nodes cannot see: give a redis:// URL")
-    if config.ray.address is not None:
-        raise HostError("ray.address is set: a head runs a cluster of its own, so leave it out")
-    return config
 
 
 def _read(file: Path) -> dict[str, object]:

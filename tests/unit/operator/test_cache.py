@@ -8,8 +8,21 @@ import pytest
 
 from tandem_operator.cache import Cache
 from tandem_operator.conditions import conditions, told
-from tandem_operator.names import CONFIG_MAP, EP_GROUP, FLEET, POOL, POOLS, SERVICE, STATEFUL_SET, Key, Kind, Object
-from tandem_operator.watch import concerned
+from tandem_operator.names import (
+    CONFIG_MAP,
+    EP_GROUP,
+    FLEET,
+    POD,
+    POOL,
+    POOLS,
+    SERVICE,
+    STATEFUL_SET,
+    Key,
+    Kind,
+    Object,
+)
+from tandem_operator.watch import Feed, concerned
+from unit.operator.world import World
 
 
 def obj(name: str = "a", version: int = 1, uid: str = "u", **meta: Any) -> Object:
@@ -94,6 +107,11 @@ def child(kind: Kind, parent: Kind, name: str) -> Object:
             child(EP_GROUP, POOL, "r1-decode"),
             {Key(EP_GROUP, "ai", "c"), Key(FLEET, "ai", "r1"), Key(POOLS, "ai", "r1")},
         ),
+        (
+            POD,
+            obj("p", labels={"tandem.dev/fleet": "r1", "tandem.dev/group": "decode-0"}),
+            {Key(EP_GROUP, "ai", "r1-decode-0"), Key(POOLS, "ai", "r1")},
+        ),
         (SERVICE, obj("theirs"), set()),
     ],
 )
@@ -124,3 +142,25 @@ def test_a_condition_that_changes_has_a_new_time(holds: bool | None, status: str
 def test_conditions_of_others_stay() -> None:
     theirs = {"type": "Theirs", "status": "True", "lastTransitionTime": "then"}
     assert conditions(with_conditions(theirs), [told("Ready", True, "R")], "now")[0] == theirs
+
+
+def test_a_watch_tells_of_our_own_writes_too() -> None:
+    """The cache has them already, yet the pools that a fleet makes are for another key to look at."""
+    world = World()
+    pool = child(POOL, FLEET, "r1")
+    world.cache.put(POOL, pool)
+    Feed(world.ctx, ()).take(POOL, "ADDED", pool)
+    assert len(world.ctx.queue) == 2
+
+
+async def test_a_pod_that_tells_nothing_new_asks_for_no_work() -> None:
+    world = World()
+    feed = Feed(world.ctx, ())
+    labels = {"tandem.dev/fleet": "r1", "tandem.dev/group": "decode-0"}
+    feed.take(POD, "ADDED", obj("p", 1, labels=labels))
+    for key in [await world.ctx.queue.get(), await world.ctx.queue.get()]:
+        world.ctx.queue.done(key)
+    feed.take(POD, "MODIFIED", {**obj("p", 2, labels=labels), "status": {"podIP": "10.0.0.1"}})
+    assert len(world.ctx.queue) == 0
+    (kept,) = world.cache.all(POD)
+    assert (kept["metadata"]["resourceVersion"], "podIP" in kept["status"]) == ("2", False)

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import json
+
+import pytest
 from msgspec.structs import replace
 
 from tandem.core.types import GroupState
-from tandem_operator.names import BUDGET, CONFIG_MAP, EP_GROUP, FLEET, POOL, STATEFUL_SET, Key
+from tandem_operator.kube import KubeError
+from tandem_operator.names import (
+    BUDGET,
+    CONFIG_MAP,
+    EP_GROUP,
+    FLEET,
+    POOL,
+    STATEFUL_SET,
+    VOLCANO_GANG,
+    Key,
+    Object,
+)
 from unit.operator.world import NOW, World
 
 
@@ -261,6 +275,48 @@ async def test_the_templates_that_a_rollback_needs_are_kept() -> None:
     kept = world.server.objects[Key(CONFIG_MAP, "ai", "r1-rollout")]["data"]["rollout.json"]
     assert (world.group("decode-0") or {})["spec"]["revision"] in kept
     assert "engine:1" in kept
+
+
+async def test_no_group_is_made_under_the_name_of_a_template_that_nobody_has_kept() -> None:
+    world = World()
+    await world.look()
+    world.link.reachable = False  # so that nothing is written down meanwhile
+    remembered = Key(CONFIG_MAP, "ai", "r1-rollout")
+    kept = json.loads(world.server.objects[remembered]["data"]["rollout.json"])
+    memory = json.dumps({**kept, "revisions": {}})
+    world.server.put(remembered, {**world.server.objects[remembered], "data": {"rollout.json": memory}})
+    world.say(images={"engine": {"name": "engine:2"}})
+    world.server.drop(Key(EP_GROUP, "ai", "r1-decode-0"))
+    await world.look()
+    assert world.group("decode-0") is None
+    told = world.condition(world.server.objects[Key(POOL, "ai", "r1-decode")], "Degraded")
+    assert (told["reason"], "whose template nobody has kept" in told["message"]) == ("Trouble", True)
+
+
+async def test_one_pool_can_be_paused_by_hand() -> None:
+    world = World()
+    await world.look()
+    key = Key(POOL, "ai", "r1-decode")
+    pool = world.server.objects[key]
+    world.server.put(key, {**pool, "spec": {**pool["spec"], "paused": True}})
+    await world.look()
+    assert world.server.objects[key]["spec"]["paused"] is True
+
+
+@pytest.mark.parametrize(("status", "advice"), [(403, "operator.gangSchedulers"), (404, "install that scheduler")])
+async def test_a_gang_scheduler_that_cannot_be_told_is_trouble_of_the_group(status: int, advice: str) -> None:
+    world = World(decode={"pods": {"gang": {"scheduler": "volcano"}}})
+    allowed = world.server.apply
+
+    async def apply(key: Key, obj: Object) -> Object:
+        if key.kind is VOLCANO_GANG:
+            raise KubeError("refused", status)
+        return await allowed(key, obj)
+
+    world.server.apply = apply  # type: ignore[method-assign]
+    await world.look()
+    told = world.condition(world.group("decode-0"), "Degraded")
+    assert (told["status"], advice in told["message"]) == ("True", True)
 
 
 async def test_no_pod_of_the_only_ready_group_may_be_evicted() -> None:

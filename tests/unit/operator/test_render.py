@@ -9,6 +9,8 @@ import pytest
 
 from tandem.config import FleetConfig
 from tandem.core.types import Role
+from tandem.fleet.plan import plan_pool
+from tandem.models.catalog import load_shape
 from tandem_operator.names import (
     BUDGET,
     CONFIG_MAP,
@@ -64,6 +66,12 @@ def test_the_operator_puts_the_groups_so_fleet_json_has_none() -> None:
 
 def test_what_differs_between_groups_is_not_in_fleet_json() -> None:
     assert written(decode={"args": ["--x"], "env": {"A": "b"}}) == written()
+
+
+def test_the_head_checks_a_layout_with_its_redundant_experts() -> None:
+    config = written(decode={"nodes": 18, "redundantExperts": 32, "maxTotalTokens": 4096})
+    plan = plan_pool(config, Role.DECODE, load_shape("r1"))
+    assert (plan.redundant_experts, config.decode.max_total_tokens) == (32, 4096)
 
 
 def test_routing_aims_at_the_slo() -> None:
@@ -128,6 +136,11 @@ def test_every_child_that_there_can_be_is_known_for_removal() -> None:
 def test_an_external_redis_is_not_run() -> None:
     made = platform(redis={"urlSecret": {"name": "mine", "key": "url"}})
     assert not any(name == "r1-redis" for _, name in made)
+
+
+def test_a_gateway_takes_requests_before_there_is_a_pair_since_they_can_wait_in_it() -> None:
+    container = platform()[STATEFUL_SET, "r1-gateway"]["spec"]["template"]["spec"]["containers"][0]
+    assert container["readinessProbe"]["httpGet"]["path"] == "/health"
 
 
 def test_gateways_are_as_many_as_the_fleet_says() -> None:
@@ -306,6 +319,18 @@ def test_a_pool_says_nothing_of_its_replicas() -> None:
     made = pool_object(fleet(decode={"groups": 4}), spec_of(fleet(decode={"groups": 4})), Role.DECODE)
     assert "replicas" not in made["spec"]
     assert made["metadata"]["annotations"][FLEET_GROUPS] == "4"
+
+
+@pytest.mark.parametrize(("fleet_says", "said"), [(True, True), (False, None)])
+def test_the_pause_of_one_pool_belongs_to_whoever_paused_it(fleet_says: bool, said: bool | None) -> None:
+    wanted = fleet(paused=fleet_says)
+    assert pool_object(wanted, spec_of(wanted), Role.DECODE)["spec"].get("paused") is said
+
+
+def test_a_user_that_is_given_is_never_root_by_accident() -> None:
+    assert engine(runAsUser=1000)["spec"]["securityContext"]["runAsNonRoot"] is True
+    assert engine(runAsUser=0)["spec"]["securityContext"]["runAsNonRoot"] is False
+    assert "runAsNonRoot" not in engine()["spec"]["securityContext"]
 
 
 def test_a_group_drains_before_it_is_gone() -> None:
