@@ -119,7 +119,7 @@ def state() -> tuple[str, str]:
         return "NOT_STARTED", ""
     # The application's message only names the deployment that failed; why it did is in the deployment's own.
     why = " ".join(one.message for one in application.deployments.values() if one.message)
-    return str(application.status), why or application.message
+    return application.status.value, why or application.message
 
 
 def _version(config: FleetConfig, model_path: Path, store_url: str) -> str:
