@@ -1,7 +1,7 @@
 """Brings children to what was rendered, by server-side apply, and only where they differ: a second pass writes nothing.
 
 What was rendered last is remembered in an annotation, as a hash: a field that is not rendered any more would not be
-missed otherwise. Objects of the same name with another controller are left alone.
+missed otherwise. Objects of the same name that somebody else has made are left alone.
 """
 
 from __future__ import annotations
@@ -16,19 +16,38 @@ from tandem_operator.cache import Cache
 from tandem_operator.compare import covers
 from tandem_operator.kube import Kube, KubeError
 from tandem_operator.metrics import WRITES
-from tandem_operator.names import Key, Kind, Object, leaving, owned, owner
+from tandem_operator.names import MANAGED_BY, MANAGER, Key, Kind, Object, leaving, owned, owner, watched_label
 
 APPLIED = f"{GROUP}/applied"
+_IMMUTABLE = (
+    "updates to statefulset spec for fields other than",  # a StatefulSet; what follows differs between versions
+    "only allowed for updateStrategy",  # RollingUpdate to OnDelete: what the server had filled in stays
+    "field is immutable",  # a Service's clusterIP before 1.20, and fields of other kinds
+    "may not change once set",  # a Service's clusterIPs since 1.20
+    "primary clusterIP can not be unset",
+)
+"""How servers (1.20 to 1.37) say that a field of an object that is there cannot have another value."""
 
 
-class NotOurs(Exception):
+class Trouble(Exception):
+    """A child cannot be as rendered now; the message says why, and what to do. The next look tries again."""
+
+
+class NotOurs(Trouble):
     """An object of the name that a child should have belongs to somebody else."""
 
-    def __init__(self, key: Key, owner: str) -> None:
-        super().__init__(f"{key} is controlled by {owner}: delete it, or give this fleet another name")
+    def __init__(self, key: Key, whose: str) -> None:
+        super().__init__(f"{key} {whose}: delete it, or give this fleet another name")
 
 
-class Busy(Exception):
+class Refused(Trouble):
+    """The server takes some value for wrong (422)."""
+
+    def __init__(self, key: Key, said: str) -> None:
+        super().__init__(f"The API server refuses {key}: {said}")
+
+
+class Busy(Trouble):
     """An object of the name that a child should have is still being deleted."""
 
     def __init__(self, key: Key) -> None:
@@ -82,13 +101,17 @@ class Applier:
 
         `keep`: fields of its spec that belong to others, with the values they have now: they are said along with the
         rest if the child is still the one that is known (KubeError 409 otherwise), since a field that is left out
-        would be taken away. Raises NotOurs and Busy.
+        would be taken away. Raises Trouble: NotOurs, Busy, Refused.
         """
-        live = self.cache.get(key) if key.kind in self.watched else await self.kube.get(key)
+        live = await self._live(key)
         if live is not None and leaving(live):
             raise Busy(key)
-        if live is not None and not owned(live, parent) and (other := owner(live)) is not None:
-            raise NotOurs(key, f"{other['kind']} {other['name']} ({other['uid']})")
+        if live is not None and not owned(live, parent):
+            if (other := owner(live)) is not None:
+                raise NotOurs(key, f"is controlled by {other['kind']} {other['name']} ({other['uid']})")
+            # One of ours may have lost its owner, as in a backup that was put back.
+            if (live["metadata"].get("labels") or {}).get(MANAGED_BY) != MANAGER:
+                raise NotOurs(key, f"was not made by {MANAGER}")
         wanted = stamped(obj)
         if live is not None and covers(live, wanted):
             return False
@@ -100,9 +123,11 @@ class Applier:
         try:
             self._note(key, await self.kube.apply(key, wanted))
         except KubeError as error:
-            if error.status != 422 or live is None or key.kind.plural not in ("statefulsets", "services"):
+            if error.status != 422:
                 raise
-            # A field that cannot be changed. Its pods stay, and the new one adopts them.
+            if live is None or key.kind.plural not in ("statefulsets", "services") or not _immutable(error):
+                raise Refused(key, error.said) from error
+            # Its pods stay, and the new one adopts them.
             await self.kube.delete(key, live["metadata"]["uid"], orphan=True)
             raise Busy(key) from error
         WRITES.labels(key.kind.kind).inc()
@@ -132,6 +157,18 @@ class Applier:
         WRITES.labels(key.kind.kind).inc()
         return True
 
+    async def _live(self, key: Key) -> Object | None:
+        if key.kind not in self.watched:
+            return await self.kube.get(key)
+        if (known := self.cache.get(key)) is not None or watched_label(key.kind) is None:
+            return known
+        return await self.kube.find(key)  # the cache has only what carries our label
+
     def _note(self, key: Key, answer: Object) -> None:
         if key.kind in self.watched:
             self.cache.put(key.kind, answer)
+
+
+def _immutable(error: KubeError) -> bool:
+    """Whether all that the server finds wrong is that a field cannot be changed: else the next one is refused too."""
+    return all(any(words in cause for words in _IMMUTABLE) for cause in error.causes or (error.said,))

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -21,12 +22,19 @@ _SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount/token"
 
 
 class KubeError(Exception):
-    """The API server refused, or did not answer (`status` 0). The message says what was asked and why it failed."""
+    """The API server refused, or did not answer (`status` 0). The message says what was asked and why it failed.
 
-    def __init__(self, message: str, status: int, reason: str = "") -> None:
+    `said`: the server's own sentence. `causes`: one for each field that it finds wrong.
+    """
+
+    def __init__(
+        self, message: str, status: int, reason: str = "", *, said: str = "", causes: Sequence[str] = ()
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.reason = reason
+        self.said = said or message
+        self.causes = tuple(causes)
 
 
 class Kube:
@@ -67,6 +75,12 @@ class Kube:
             if error.status == 404:
                 return None
             raise
+
+    async def find(self, key: Key) -> Object | None:
+        """The object now, whatever its labels, by the right to list; None = there is none."""
+        path = f"{key.kind.path}/namespaces/{quote(key.namespace)}/{key.kind.plural}"
+        found = await self._call("GET", path, query={"fieldSelector": f"metadata.name={key.name}"})
+        return next(iter(found["items"] or ()), None)
 
     async def list(self, kind: Kind, namespace: str | None) -> Object:
         """All objects of a kind that are looked at (`watched_label`); None = of all namespaces."""
@@ -149,11 +163,13 @@ class Kube:
         self.reached_at = asyncio.get_running_loop().time()
         if 200 <= answer.status < 300:
             return json.loads(text)  # type: ignore[no-any-return]
-        reason, message = "", text.decode(errors="replace")[:500]
+        reason, message, causes = "", text.decode(errors="replace")[:500], []
         with contextlib.suppress(ValueError, AttributeError):  # not the API server's, but some proxy's answer
             told = json.loads(text)
             reason, message = told.get("reason", ""), told.get("message", message)
-        raise KubeError(f"{method} {path}: {answer.status}: {message}", answer.status, reason)
+            causes = [cause.get("message", "") for cause in (told.get("details") or {}).get("causes") or ()]
+        what = f"{method} {path}: {answer.status}: {message}"
+        raise KubeError(what, answer.status, reason, said=message, causes=causes)
 
 
 async def connect() -> Kube:

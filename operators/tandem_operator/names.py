@@ -9,6 +9,7 @@ from tandem_operator.api import GROUP, VERSION
 
 MANAGER = "tandem-operator"
 """Field manager of everything that the operator applies, and `app.kubernetes.io/managed-by`."""
+MANAGED_BY = "app.kubernetes.io/managed-by"
 DRAIN_FINALIZER = f"{GROUP}/drain"
 FLEET_LABEL, COMPONENT_LABEL = f"{GROUP}/fleet", f"{GROUP}/component"
 ROLE_LABEL, POOL_LABEL, GROUP_LABEL = f"{GROUP}/role", f"{GROUP}/pool", f"{GROUP}/group"
@@ -94,7 +95,7 @@ def labels(fleet: str, component: str, **more: str) -> dict[str, str]:
     named = {f"{GROUP}/{name}": value for name, value in more.items()}
     return {
         "app.kubernetes.io/name": "tandem",
-        "app.kubernetes.io/managed-by": MANAGER,
+        MANAGED_BY: MANAGER,
         FLEET_LABEL: fleet,
         COMPONENT_LABEL: component,
         **named,

@@ -8,7 +8,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -36,7 +36,7 @@ from chaos.traffic import Traffic
 from chaos.watch import NotInTime
 from tandem.cli import groups
 from tandem.core.types import GroupState, Role
-from tandem.fleet.control_client import ControlError
+from tandem.fleet.control_client import ControlClient, ControlError
 from tandem.fleet.plan import pool_of
 from tandem.fleet.snapshot import read_snapshot
 from tandem.state import StoreError
@@ -249,15 +249,14 @@ async def _drain(stage: Stage, role: Role, rng: random.Random, happening: Happen
     spec = watch.desired[group]
     happening.where = group
     happening.at = time.monotonic()
-    async with stage.control() as control:
-        await control.drain(group, DRAIN_S, migrate=True)
-        struck()
-        await watch.until(
-            f"{group} is gone", lambda: group not in watch.groups and group not in watch.desired, DRAIN_S + 30
-        )
-        happening.noticed = time.monotonic() - happening.at
-        happening.reason = "gone"
-        await control.put_group(spec)
+    await _told(stage, lambda control: control.drain(group, DRAIN_S, migrate=True))
+    struck()
+    await watch.until(
+        f"{group} is gone", lambda: group not in watch.groups and group not in watch.desired, DRAIN_S + 30
+    )
+    happening.noticed = time.monotonic() - happening.at
+    happening.reason = "gone"
+    await _told(stage, lambda control: control.put_group(spec))
     await watch.until(f"{group} is wanted again", lambda: group in watch.desired, 20)
     await watch.until(f"{group} is ready again", lambda: watch.ready(role), WHOLE_S)
     happening.back = time.monotonic() - happening.at
@@ -292,8 +291,22 @@ async def _scale_down(stage: Stage, role: Role, happening: Happening, struck: St
 
 
 async def _scale(stage: Stage, role: Role, number: int) -> None:
-    async with stage.control() as control:
-        await groups._scale(control, role, pool_of(stage.fleet.config, role), number)
+    await _told(stage, lambda control: groups._scale(control, role, pool_of(stage.fleet.config, role), number))
+
+
+async def _told(stage: Stage, tell: Callable[[ControlClient], Awaitable[object]]) -> None:
+    """Tell the controller something that may be told twice. Another fault may have killed it meanwhile, and the next
+    one listens elsewhere: then it is told again."""
+    ends = time.monotonic() + CONTROL_S
+    while True:
+        try:
+            async with stage.control() as control:
+                await tell(control)
+            return
+        except ControlError as error:
+            if error.code != "UNAVAILABLE" or time.monotonic() > ends:
+                raise
+        await asyncio.sleep(0.5)
 
 
 async def _leave(stage: Stage, traffic: Traffic, clients: int, happening: Happening) -> None:

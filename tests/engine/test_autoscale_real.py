@@ -20,7 +20,7 @@ pytestmark = pytest.mark.timeout(300)
 TOKENS = 64
 PROMPTS = [[random.Random(seed).randrange(300, 900) for _ in range(40 + seed)] for seed in range(5)]
 DECISION_S = 10.0
-"""From a breach to the decision, at most."""
+"""From when the fleet tells of the load to the decision, at most."""
 SETTLE_S = 60.0
 
 
@@ -48,6 +48,23 @@ def plan(status: dict[str, Any]) -> dict[str, Any]:
     return dict(shown)
 
 
+def streams_of_decode(status: dict[str, Any]) -> int:
+    """Streams that run on decode groups, as their engines last said."""
+    return sum(rank["running"] for name, ranks in status["loads"].items() if "decode" in name for rank in ranks)
+
+
+def load_is_told(fleet: Fleet) -> float:
+    """Wait until the fleet tells of more than the one quiet stream, or has decided already; returns when, in Unix
+    seconds. Before, engines had the prompts to compute, which on a busy machine takes any time."""
+
+    def told() -> bool:
+        status = fleet.status()
+        return streams_of_decode(status) > 1 or plan(status)["wanted"] == 2
+
+    fleet.until("decode has several streams", told, SETTLE_S)
+    return time.time()
+
+
 def decode_groups(status: dict[str, Any]) -> list[str]:
     return [group["state"] for group in status["groups"] if group["role"] == "decode"]
 
@@ -61,18 +78,18 @@ def test_a_load_step_makes_decode_go_from_one_group_to_two_and_back_without_a_fa
     with Streams(fleet, PROMPTS, TOKENS, workers=1) as quiet:
         quiet.go_on(1)
         with Streams(fleet, PROMPTS, TOKENS, workers=5) as busy:
-            began = time.monotonic()
+            told = load_is_told(fleet)
             fleet.until("a second group is wanted", lambda: plan(fleet.status())["wanted"] == 2, SETTLE_S)
-            decided = time.monotonic() - began
-            reason = plan(fleet.status())["reason"]
+            decision = plan(fleet.status())
             fleet.until("both serve", lambda: decode_groups(fleet.status()) == ["ready", "ready"], SETTLE_S)
             busy.go_on(2)
         quiet.go_on(1)
         fleet.until("one is wanted again", lambda: plan(fleet.status())["wanted"] == 1, SETTLE_S)
         fleet.until("one is left", lambda: decode_groups(fleet.status()) == ["ready"], SETTLE_S)
         quiet.go_on(1)
-    assert "decode" in reason
-    assert decided <= DECISION_S, reason
+    assert "decode: 2 groups instead of 1" in decision["reason"]
+    # By the planner's own clock, which is this machine's: looking at the status takes time as well.
+    assert decision["since"] - told <= DECISION_S, decision["reason"]
     for streams in (quiet, busy):
         assert streams.errors == []
         assert [one.ids for one in streams.answered] == [expected[one.prompt] for one in streams.answered]

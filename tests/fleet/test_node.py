@@ -19,7 +19,7 @@ from tandem.config import ControlConfig, FleetConfig, GatewayConfig, PoolConfig,
 from tandem.core.types import FleetSnapshot, Group, GroupSpec, GroupState, Role
 from tandem.fleet.control_client import ControlClient, ControlError
 
-pytestmark = [needs_root, pytest.mark.timeout(300)]
+pytestmark = [needs_root, pytest.mark.timeout(600)]
 
 HEAD, SECOND_HEAD, GATEWAY = 1, 2, 3
 DECODE, OTHER = (4, 5), 6
@@ -183,7 +183,7 @@ async def test_groups_and_gateways_live_on_while_the_head_is_restarted_elsewhere
 ) -> None:
     gateways = (await seen(fleet, lambda fleet: len(fleet.gateways) == 1)).gateways
     stage.head.send_signal(signal.SIGTERM)
-    assert await asyncio.to_thread(stage.head.wait, 30) == 0
+    assert await asyncio.to_thread(stage.head.wait, 60) == 0
     assert alive(decode)
     stage.on = SECOND_HEAD
     stage.world.place_head(stage.on)
@@ -219,7 +219,7 @@ async def test_another_number_of_gateways_leaves_those_that_run_alone(stage: Sta
     assert {one.url for one in both} == {f"http://{address(each)}:8000" for each in (GATEWAY, number)}
     # Back again: its node goes first, as a pod does, and its gateway leaves in order.
     second.send_signal(signal.SIGTERM)
-    assert await asyncio.to_thread(second.wait, 60) == 0
+    assert await asyncio.to_thread(second.wait, 90) == 0
     assert "the gateway has stopped" in stage.log(f"join-{number}.log")
     stage.write(stage.config)
     await seen(fleet, lambda fleet: fleet.gateways == first)
@@ -246,5 +246,5 @@ async def test_a_node_that_is_told_to_ends_with_code_0_and_leaves_no_process(sta
     process = stage.joined[DECODE[0]]
     below = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
-    assert await asyncio.to_thread(process.wait, 20) == 0
+    assert await asyncio.to_thread(process.wait, 60) == 0
     assert not [one for one in below if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]

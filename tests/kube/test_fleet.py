@@ -1,6 +1,6 @@
 """A fleet on Kubernetes, end to end: real API server, the chart, the operator's pod, real engines in pods.
 
-The tests share one fleet and follow each other; each leaves it ready, with one group of each role.
+The tests share one fleet and follow each other; each leaves it ready, and says how many decode groups it needs.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import random
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -22,8 +23,12 @@ from support.helm import template
 from tandem.core.types import GroupSpec, Role
 from tandem.fleet.control_client import ControlClient
 
-pytestmark = pytest.mark.timeout(420)
+pytestmark = pytest.mark.timeout(900)
 START_S = 240
+KILLS = 20
+BACKOFF_S = 1.0
+"""The test kubelet's own."""
+OPERATOR_LABEL = "app.kubernetes.io/component=operator"
 
 
 @pytest.fixture(scope="module")
@@ -68,36 +73,77 @@ def test_kubectl_tells_the_fleets_story(fleet: LiveFleet) -> None:
     assert all(word in told for word in (NAME, f"{NAME}-prefill", f"{NAME}-decode-0", "Ready"))
 
 
+def scaled(fleet: LiveFleet, decode: int) -> None:
+    """Have so many decode groups; at once where that is so."""
+    fleet.kubectl("scale", "epp", f"{NAME}-decode", f"--replicas={decode}")
+    settled(fleet, decode=decode)
+
+
+def started_anew(fleet: LiveFleet, group: str, epoch: int) -> None:
+    """Wait until a group is beyond `epoch`. What was Ready before may be told as Ready for a while after."""
+    fleet.cluster.wait(lambda: fleet.epoch(group) > epoch, 150, f"{group} is beyond epoch {epoch}")
+
+
 def test_scaling_decode_up_and_down_loses_no_request(fleet: LiveFleet) -> None:
     with fleet.traffic() as traffic:
-        fleet.kubectl("scale", "epp", f"{NAME}-decode", "--replicas=2")
-        settled(fleet, decode=2)
+        scaled(fleet, decode=2)
         traffic.progress(100)
-        fleet.kubectl("scale", "epp", f"{NAME}-decode", "--replicas=1")
-        settled(fleet, decode=1)
+        scaled(fleet, decode=1)
 
 
 def test_the_operator_killed_twenty_times_changes_nothing_for_clients(fleet: LiveFleet) -> None:
     rng = random.Random(8)
-    with fleet.traffic() as traffic:
-        for number in range(20):
-            kill_operator(fleet)
-            if number == 5:
+    killed: set[int] = set()
+    with fleet.traffic() as traffic, quick_restarts(fleet):
+        for number in range(KILLS):
+            kill_operator(fleet, killed)
+            if number == 6:
                 fleet.kubectl("scale", "epp", f"{NAME}-decode", "--replicas=2")
-            if number == 14:
+                # So the next kill meets one that leads, and is about to bring this group up.
+                fleet.cluster.wait(lambda: len(fleet.groups("decode")) == 2, 90, "a second decode group")
+            if number == 13:
                 fleet.kubectl("scale", "epp", f"{NAME}-decode", "--replicas=1")
-            traffic.progress(rng.randrange(20, 200))
+            traffic.progress(rng.randrange(5, 60))
         settled(fleet)
+    assert len(killed) == KILLS
 
 
-def kill_operator(fleet: LiveFleet) -> None:
-    """SIGKILL to the operator's process, if one runs now."""
-    kubelet = fleet.cluster.kubelet
-    for pod in kubelet.objects("pods", fleet.namespace):
-        if pod["metadata"].get("labels", {}).get("app.kubernetes.io/component") == "operator":
-            for pid in kubelet.pids(pod["metadata"]["name"], fleet.namespace):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+@contextlib.contextmanager
+def quick_restarts(fleet: LiveFleet) -> Iterator[None]:
+    """An operator's pod that is back 3 s after a death at the latest, however often it died: else kills hit nothing."""
+    fleet.cluster.kubelet.set_backoff(0.1)  # of pods that start from now on
+    try:
+        fleet.kubectl("delete", "pod", "-l", OPERATOR_LABEL, "--timeout=60s")
+        fleet.cluster.wait(lambda: operators(fleet), 60, "a new pod of the operator runs")
+        yield
+    finally:
+        fleet.cluster.kubelet.set_backoff(BACKOFF_S)
+
+
+def operators(fleet: LiveFleet) -> set[int]:
+    """Processes of the operator that run now."""
+    kubelet, (key, value) = fleet.cluster.kubelet, OPERATOR_LABEL.split("=")
+    pods = [one["metadata"] for one in kubelet.objects("pods", fleet.namespace)]
+    return {
+        pid
+        for pod in pods
+        if pod.get("labels", {}).get(key) == value
+        for pid in kubelet.pids(pod["name"], fleet.namespace)
+    }
+
+
+def kill_operator(fleet: LiveFleet, killed: set[int]) -> None:
+    """SIGKILL to the operator as soon as one runs that is not among `killed`."""
+
+    def hit() -> bool:
+        for pid in operators(fleet) - killed:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+                killed.add(pid)
+                return True
+        return False
+
+    fleet.cluster.wait(hit, 30, f"an operator to kill, after {len(killed)}")
 
 
 def test_an_api_server_that_restarts_and_a_slow_etcd_change_nothing_for_clients(fleet: LiveFleet) -> None:
@@ -111,38 +157,109 @@ def test_an_api_server_that_restarts_and_a_slow_etcd_change_nothing_for_clients(
 
 def test_a_pod_deleted_by_hand_moves_its_streams_and_comes_back(fleet: LiveFleet) -> None:
     with fleet.traffic() as traffic:
-        fleet.kubectl("scale", "epp", f"{NAME}-decode", "--replicas=2")
-        settled(fleet, decode=2)
-        fleet.kubectl("delete", "pod", f"{NAME}-decode-0-0", "--wait=false")
+        scaled(fleet, decode=2)
+        group = min(fleet.groups("decode"))
+        epoch = fleet.epoch(group)
+        fleet.kubectl("delete", "pod", f"{group}-0", "--wait=false")
         traffic.progress(100)
+        started_anew(fleet, group, epoch)
         settled(fleet, decode=2)
+
+
+def decode_pods(fleet: LiveFleet) -> list[dict[str, Any]]:
+    """Pods of decode groups that have a node and stay."""
+    pods = fleet.cluster.kubelet.objects("pods", fleet.namespace)
+    mine = [pod for pod in pods if pod["metadata"].get("labels", {}).get("tandem.dev/role") == "decode"]
+    return [pod for pod in mine if pod["spec"].get("nodeName") and "deletionTimestamp" not in pod["metadata"]]
+
+
+def group_of(pod: dict[str, Any]) -> str:
+    """The name of the ExpertParallelGroup of an engine's pod."""
+    return f"{NAME}-{pod['metadata']['labels']['tandem.dev/group']}"
+
+
+def decode_pod_alone_on_its_node(fleet: LiveFleet) -> dict[str, Any]:
+    """A decode group's pod with nothing else of the fleet beside it: not the only gateway."""
+    on = Counter(pod["spec"].get("nodeName") for pod in fleet.cluster.kubelet.objects("pods", fleet.namespace))
+    alone = [pod for pod in decode_pods(fleet) if on[pod["spec"]["nodeName"]] == 1]
+    assert alone, f"each decode pod shares its node, so none can be lost without more: pods on nodes are {dict(on)}"
+    return alone[0]
 
 
 def test_a_lost_node_costs_no_request(fleet: LiveFleet) -> None:
-    node = node_of_one_decode_group(fleet)
+    scaled(fleet, decode=2)
+    pod = decode_pod_alone_on_its_node(fleet)
+    node, group = pod["spec"]["nodeName"], group_of(pod)
+    epoch = fleet.epoch(group)
     with fleet.traffic() as traffic:
         fleet.cluster.kubelet.lose_node(node)
+        try:
+            traffic.progress(100)
+            started_anew(fleet, group, epoch)
+            settled(fleet, decode=2)
+        finally:
+            fleet.cluster.kubelet.return_node(node)
+
+
+def drain(fleet: LiveFleet, node: str, within_s: int) -> str:
+    """`kubectl drain` of the decode pods of a node, which takes pods again afterwards; returns what kubectl said."""
+    flags = ("--ignore-daemonsets", "--delete-emptydir-data", "--force", "--pod-selector", "tandem.dev/role=decode")
+    try:
+        return fleet.kubectl("drain", node, *flags, f"--timeout={within_s}s", check=False)
+    finally:
+        fleet.kubectl("uncordon", node)
+
+
+def test_a_node_that_is_drained_moves_its_streams_first(fleet: LiveFleet) -> None:
+    scaled(fleet, decode=2)
+    pod = decode_pods(fleet)[0]
+    node, name, group = pod["spec"]["nodeName"], pod["metadata"]["name"], group_of(pod)
+    epoch, moves = fleet.epoch(group), fleet.migrations()
+    with fleet.traffic(clients=4) as traffic:
+        traffic.progress(20)
+        said = drain(fleet, node, 100)
+        assert f"pod/{name} evicted" in said, said
         traffic.progress(100)
+        started_anew(fleet, group, epoch)
         settled(fleet, decode=2)
-        fleet.cluster.kubelet.return_node(node)
-        fleet.kubectl("scale", "epp", f"{NAME}-decode", "--replicas=1")
-        settled(fleet)
+    # Whatever else is counted there is a stream that broke, and was mended.
+    assert {why for why, count in fleet.migrations().items() if count > moves[why]} <= {"moved"}
 
 
-def node_of_one_decode_group(fleet: LiveFleet) -> str:
-    """A node where a decode group is, and nothing else of the fleet: not its only gateway."""
-    pods = fleet.cluster.kubelet.objects("pods", fleet.namespace)
-    on = Counter(pod["spec"].get("nodeName") for pod in pods)
-    decode = [pod for pod in pods if pod["metadata"].get("labels", {}).get("tandem.dev/role") == "decode"]
-    return next(pod["spec"]["nodeName"] for pod in decode if on[pod["spec"]["nodeName"]] == 1)
+def test_the_node_of_the_last_decode_group_cannot_be_drained(fleet: LiveFleet) -> None:
+    scaled(fleet, decode=1)
+
+    def forbids() -> bool:
+        budget = fleet.cluster.get("poddisruptionbudgets", f"{NAME}-decode", fleet.namespace, group="policy/v1beta1")
+        assert budget is not None
+        status = budget.get("status", {})
+        known = status.get("observedGeneration") == budget["metadata"]["generation"]
+        return known and status.get("disruptionsAllowed") == 0
+
+    fleet.cluster.wait(forbids, 60, "the budget allows no disruption")
+    fleet.cluster.wait(lambda: len(decode_pods(fleet)) == 1, 60, "one decode pod")
+    (pod,) = decode_pods(fleet)
+    assert "disruption budget" in drain(fleet, pod["spec"]["nodeName"], 5)
+    assert [one["metadata"]["uid"] for one in decode_pods(fleet)] == [pod["metadata"]["uid"]]
 
 
 def test_a_rolling_change_of_both_pools_loses_no_request(fleet: LiveFleet) -> None:
-    with fleet.traffic() as traffic:
+    scaled(fleet, decode=1)
+    # The gateway has the engine's image where it has none of its own, so the only one is replaced as well: clients are
+    # refused for that while, and ask again.
+    with fleet.traffic(gateway_replaced=True) as traffic:
         fleet.upgrade(images={"engine": {"name": NEXT_IMAGE}})
         fleet.cluster.wait(lambda: images(fleet) == {NEXT_IMAGE}, 240, "both pools have the new image")
+        fleet.cluster.wait(lambda: gateway_has(fleet, NEXT_IMAGE), 240, "the gateway has the new image")
         traffic.progress(50)
         settled(fleet)
+
+
+def gateway_has(fleet: LiveFleet, image: str) -> bool:
+    """Whether the gateway's pod has that image, and is ready."""
+    pod = fleet.cluster.pod(f"{NAME}-gateway-0", fleet.namespace)
+    found = pod is not None and pod["spec"]["containers"][0]["image"] == image
+    return found and fleet.cluster.ready(f"{NAME}-gateway-0", fleet.namespace)
 
 
 def images(fleet: LiveFleet) -> set[str]:
@@ -191,13 +308,13 @@ def test_children_that_a_fleet_needs_no_more_are_removed(fleet: LiveFleet) -> No
     spec = {"device": "cpu", "images": {"engine": nothing, "redis": nothing}}
     other = {"apiVersion": "tandem.dev/v1alpha1", "kind": "Fleet", "metadata": {"name": "other"}, "spec": spec}
     fleet.cluster.apply(other, namespace=fleet.namespace)
-    kinds = ("statefulset/other-redis", "service/other-redis", "statefulset/other-gateway", "pdb/other-gateway")
+    kinds = ("statefulset/other-redis", "service/other-redis")
 
     def there() -> set[str]:
         return {one for one in kinds if "NotFound" not in fleet.kubectl("get", one, "-o", "name", check=False)}
 
     fleet.cluster.wait(lambda: there() == set(kinds), 30)
-    elsewhere = {"redis": {"urlSecret": {"name": "state", "key": "url"}}, "ray": {"address": "ray.example:6379"}}
+    elsewhere = {"redis": {"urlSecret": {"name": "state", "key": "url"}}}
     fleet.cluster.apply({**other, "spec": {**spec, **elsewhere}}, namespace=fleet.namespace)
     fleet.cluster.wait(lambda: there() == set(), 30)
     fleet.kubectl("delete", "fleet", "other", "--timeout=60s")
@@ -231,7 +348,7 @@ RIGHTS = {
     ("", "pods"): "list watch",
     ("", "services"): "list watch create patch delete",
     ("", "configmaps"): "list watch create patch",
-    ("policy", "poddisruptionbudgets"): "list watch create patch delete",
+    ("policy", "poddisruptionbudgets"): "list watch create patch",
     ("", "events"): "create patch",
 }
 """What the operator may do, by group and resource: all of it is used in the tests above."""
@@ -244,21 +361,22 @@ def test_the_chart_grants_the_operator_what_it_needs_and_nothing_else() -> None:
     assert granted(roles) == set(NEEDED)
 
 
+@pytest.fixture(scope="module")
 def asked(fleet: LiveFleet) -> dict[Right, set[int]]:
-    """What the operator has asked for in all tests until now, and the answers' statuses."""
+    """What the operator has asked for until its first use, in all tests above, and the answers' statuses."""
     found: dict[Right, set[int]] = {}
     for right, status in requests(fleet.cluster.control_plane.audit_log, OPERATOR_ACCOUNT, fleet.namespace):
         found.setdefault(right, set()).add(status)
     return found
 
 
-def test_the_role_lets_the_operator_do_all_that_it_tries(fleet: LiveFleet) -> None:
-    assert {str(right) for right, statuses in asked(fleet).items() if 403 in statuses} == set()
+def test_the_role_lets_the_operator_do_all_that_it_tries(asked: dict[Right, set[int]]) -> None:
+    assert {str(right) for right, statuses in asked.items() if 403 in statuses} == set()
 
 
 @pytest.mark.parametrize("right", NEEDED, ids=str)
-def test_the_operator_uses_its_right(fleet: LiveFleet, right: Right) -> None:
-    assert asked(fleet).get(right, set()) - {401, 403}
+def test_the_operator_uses_its_right(asked: dict[Right, set[int]], right: Right) -> None:
+    assert asked.get(right, set()) - {401, 403}
 
 
 def test_a_deleted_fleet_leaves_nothing(fleet: LiveFleet) -> None:

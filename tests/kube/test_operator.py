@@ -355,6 +355,9 @@ def test_a_fleet_that_cannot_be_says_why(world: World) -> None:
     world.wait(lambda: world.condition("Fleet/f", "Valid")["status"] == "False")
     assert "above planning.gpuBudget (1)" in world.condition("Fleet/f", "Valid")["message"]
     assert set(world.all()) == {"Fleet/f"}
+    world.fleet(ray={"address": "ray.example:6379"})
+    world.wait(lambda: world.condition("Fleet/f", "Valid").get("reason") == "NotSupported")
+    assert set(world.all()) == {"Fleet/f"}
     world.fleet()
     world.ready()
     assert world.condition("Fleet/f", "Valid")["status"] == "True"

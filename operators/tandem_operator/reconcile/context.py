@@ -16,6 +16,9 @@ from tandem_operator.kube import Kube
 from tandem_operator.names import BUDGET, BUDGET_BETA, FLEET, Key, Kind, Object, leaving
 from tandem_operator.workqueue import WorkQueue
 
+_PLANNERS = ("scaling", "load", "slo")
+"""Fields of a status that the planner writes, at times of its own."""
+
 
 @dataclass
 class Context:
@@ -32,6 +35,9 @@ class Context:
     orphans: dict[tuple[str, str, str], float] = field(default_factory=dict)
     """Groups that a fleet has and Kubernetes has not, with since when (Unix seconds)."""
 
+    absent: dict[Key, float] = field(default_factory=dict)
+    """Groups that leave and that their fleet, asked, does not know, with since when (Unix seconds)."""
+
     def now(self) -> float:
         """Unix seconds."""
         return time.time()
@@ -42,10 +48,15 @@ class Context:
         return fleet if fleet is not None and not leaving(fleet) else None
 
     async def tell_status(self, key: Key, obj: Object, status: Object, told: Sequence[Told]) -> bool:
-        """Write an object's status with these conditions, if it is different; return whether it was."""
+        """Write an object's status with these conditions, if it is different; return whether it was.
+
+        What the planner tells stays as it is at this moment.
+        """
         obj = self.cache.get(key) or obj
+        now = obj.get("status") or {}
         body = {
-            **status,
+            **{name: value for name, value in status.items() if name not in _PLANNERS},
+            **{name: now[name] for name in _PLANNERS if name in now},
             "observedGeneration": obj["metadata"].get("generation", 0),
             "conditions": conditions(obj, told, rfc3339(self.now())),
         }

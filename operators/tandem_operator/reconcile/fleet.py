@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter
 
-from tandem.core.types import FleetSnapshot, GroupState, Role
+from tandem.core.types import GroupState, Role
 from tandem.fleet.control_client import ControlError
 from tandem_operator.api.fleet import FleetSpec
-from tandem_operator.apply import Busy, NotOurs
+from tandem_operator.apply import Trouble
 from tandem_operator.conditions import Told, told
 from tandem_operator.control import FleetLink
+from tandem_operator.metrics import READY, WANTED
 from tandem_operator.names import (
     CONTROL_PORT,
     EP_GROUP,
@@ -27,7 +29,7 @@ from tandem_operator.names import (
 )
 from tandem_operator.reconcile.context import Context
 from tandem_operator.render.config import SpecError, fleet_spec
-from tandem_operator.render.platform import platform_children, platform_names
+from tandem_operator.render.platform import passing_names, platform_children
 from tandem_operator.render.pool import pool_object, pool_of
 
 _log = logging.getLogger(__name__)
@@ -41,6 +43,7 @@ async def reconcile_fleet(ctx: Context, key: Key) -> float | None:
     fleet = ctx.cache.get(key)
     if fleet is None:
         await ctx.links.close(key.namespace, key.name)
+        _forget(key)
         return None
     if leaving(fleet):  # its children follow by their owner references; groups see that it is leaving and let go
         return None
@@ -48,8 +51,8 @@ async def reconcile_fleet(ctx: Context, key: Key) -> float | None:
         spec = fleet_spec(fleet["spec"])
         children = platform_children(fleet, spec, ctx.budget)
     except SpecError as error:
-        await ctx.recorder.tell(FLEET, fleet, "Invalid", str(error), type_="Warning")
-        invalid = [told("Valid", False, "Invalid", f"{error}. What runs already goes on as it is.")]
+        await ctx.recorder.tell(FLEET, fleet, error.reason, str(error), type_="Warning")
+        invalid = [told("Valid", False, error.reason, f"{error}. What runs already goes on as it is.")]
         await ctx.tell_status(key, fleet, fleet.get("status") or {"phase": "Pending"}, invalid)
         return None
     link = ctx.links.open(key.namespace, key.name)
@@ -59,10 +62,10 @@ async def reconcile_fleet(ctx: Context, key: Key) -> float | None:
         for child, body in children.items():
             try:
                 await ctx.applier.ensure(child, body, fleet)
-            except (NotOurs, Busy) as error:
+            except Trouble as error:
                 trouble.append(str(error))
                 again = _AGAIN_S
-        for child in platform_names(key.name, key.namespace, ctx.budget):
+        for child in passing_names(key.name, key.namespace):
             if child not in children and await ctx.applier.remove(child, fleet):
                 await ctx.recorder.tell(
                     FLEET, fleet, "Removed", f"{child.kind.kind} {child.name} is not needed any more."
@@ -70,10 +73,10 @@ async def reconcile_fleet(ctx: Context, key: Key) -> float | None:
     for role in Role:  # also while it is paused: the pools have to know
         try:
             await _ensure_pool(ctx, fleet, spec, role)
-        except (NotOurs, Busy) as error:
+        except Trouble as error:
             trouble.append(str(error))
             again = _AGAIN_S
-    if link.reachable and await _drain_orphans(ctx, fleet, link):
+    if link.reachable and await _drain_orphans(ctx, fleet, link, paused=spec.paused):
         again = _AGAIN_S
     if link.known:
         await _tell(ctx, key, fleet, spec, link, trouble)
@@ -93,14 +96,22 @@ async def _ensure_pool(ctx: Context, fleet: Object, spec: FleetSpec, role: Role)
     await ctx.applier.ensure(key, pool_object(fleet, spec, role), fleet, keep={"replicas": replicas})
 
 
-async def _drain_orphans(ctx: Context, fleet: Object, link: FleetLink) -> bool:
+def _forget(key: Key) -> None:
+    """Take a fleet that is gone out of the metrics."""
+    for gauge in (READY, WANTED):
+        for role in Role:
+            with contextlib.suppress(KeyError):
+                gauge.remove(key.namespace, key.name, role)
+
+
+async def _drain_orphans(ctx: Context, fleet: Object, link: FleetLink, *, paused: bool) -> bool:
     """Let groups go that the fleet has and Kubernetes has not; return whether some are waited for."""
     namespace, name = fleet["metadata"]["namespace"], fleet["metadata"]["name"]
     snapshot, now = link.snapshot, ctx.now()
     assert snapshot is not None, "a reachable fleet has told what it is"
     found = {
         spec.group
-        for spec in snapshot.desired
+        for spec in (() if paused else snapshot.desired)
         if not spec.draining and ctx.cache.get(Key(EP_GROUP, namespace, group_name(name, spec.group))) is None
     }
     for known in [known for known in ctx.orphans if known[:2] == (namespace, name) and known[2] not in found]:
@@ -129,8 +140,8 @@ async def _tell(ctx: Context, key: Key, fleet: Object, spec: FleetSpec, link: Fl
     wanted = {role: pool["spec"].get("replicas", 0) if pool else 0 for role, pool in pools.items()}
     states = _states(link)
     ready = {role: states[f"{role}/ready"] for role in Role}
-    gateways = _gateways(ctx, key, spec, link)
-    conditions = _conditions(ctx, spec, link, trouble, wanted, ready, gateways)
+    gateways = int(_status_of(ctx, key, "gateway").get("readyReplicas") or 0)
+    conditions = _conditions(ctx, key, spec, link, trouble, wanted, ready, gateways)
     by_type = {entry.type: entry.status == "True" for entry in conditions}
     phase = "Ready" if by_type["Available"] else "Starting"
     if by_type["Degraded"]:
@@ -147,7 +158,6 @@ async def _tell(ctx: Context, key: Key, fleet: Object, spec: FleetSpec, link: Fl
         "gateways": gateways,
         "groups": dict(sorted(states.items())),
         "gpus": gpus if spec.device == "cuda" else 0,
-        "slo": (fleet.get("status") or {}).get("slo") or {},
         "summary": f"{ready[Role.PREFILL]}/{wanted[Role.PREFILL]} {ready[Role.DECODE]}/{wanted[Role.DECODE]}",
     }
     await ctx.tell_status(key, fleet, status, conditions)
@@ -158,16 +168,27 @@ def _states(link: FleetLink) -> Counter[str]:
     return Counter(f"{group.role}/{group.state}" for group in (snapshot.groups if snapshot else ()))
 
 
-def _gateways(ctx: Context, key: Key, spec: FleetSpec, link: FleetLink) -> int:
-    if spec.ray.address is not None:
-        snapshot: FleetSnapshot | None = link.snapshot if link.reachable else None
-        return len(snapshot.gateways) if snapshot else 0
-    stateful = ctx.cache.get(Key(STATEFUL_SET, key.namespace, f"{key.name}-gateway")) or {}
-    return int((stateful.get("status") or {}).get("readyReplicas") or 0)
+def _status_of(ctx: Context, key: Key, part: str) -> Object:
+    """What Kubernetes says of a fleet's StatefulSet."""
+    stateful = ctx.cache.get(Key(STATEFUL_SET, key.namespace, f"{key.name}-{part}")) or {}
+    return stateful.get("status") or {}
+
+
+def _old_head(ctx: Context, key: Key, spec: FleetSpec) -> str:
+    """That the head's pod is not of the template that there is now, and what to do; empty = it is, or there is none."""
+    status = _status_of(ctx, key, "head")
+    # Not by currentRevision: Kubernetes never moves that on for a StatefulSet that is OnDelete.
+    if spec.ray.storage or (status.get("updatedReplicas") or 0) >= (status.get("replicas") or 0):
+        return ""
+    return (
+        "the head still runs the old template; it is replaced when its pod is deleted: kubectl delete pod"
+        f" {key.name}-head-0 -n {key.namespace}, which restarts all groups, as there is no ray.storage"
+    )
 
 
 def _conditions(
     ctx: Context,
+    key: Key,
     spec: FleetSpec,
     link: FleetLink,
     trouble: list[str],
@@ -197,24 +218,16 @@ def _conditions(
     else:
         message = "; ".join(missing) or "Requests are answered."
         found.append(told("Available", not missing, "Unavailable" if missing else "Available", message))
-    found.append(
-        told("Progressing", bool(lacking), "Starting" if lacking else "Complete", "; ".join(lacking) or "All is there.")
-    )
+    old = _old_head(ctx, key, spec)
+    reason = "Starting" if lacking else "HeadOutdated" if old else "Complete"
+    message = "; ".join(filter(None, (*lacking, old))) or "All is there."
+    found.append(told("Progressing", bool(lacking or old), reason, message))
     bad = [*trouble, *failed]
     found.append(told("Degraded", bool(bad), "Trouble" if bad else "AsExpected", "; ".join(bad)[:1000]))
     if spec.paused:
         found.append(told("Paused", True, "Paused", "spec.paused is true: nothing of this fleet is changed."))
     else:
         found.append(told("Paused", False, "NotPaused"))
-    if spec.ray.address is not None:
-        message = (
-            f"The fleet lives in the Ray cluster at {spec.ray.address}, which places its groups. The operator cannot"
-            " add or remove their pods, choose their image, nodes or devices, or hold back evictions there: see to"
-            " enough Ray nodes, and drain a group before you stop its nodes."
-        )
-        found.append(told("PodsManaged", False, "ExternalRayCluster", message))
-    else:
-        found.append(told("PodsManaged", True, "OwnPods"))
     return found
 
 

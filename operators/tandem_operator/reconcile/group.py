@@ -9,7 +9,7 @@ from tandem.core.types import GroupSpec as Wish
 from tandem.fleet.control_client import ControlError
 from tandem_operator.api.fleet import FleetSpec
 from tandem_operator.api.pool import GroupSpec
-from tandem_operator.apply import Busy, NotOurs
+from tandem_operator.apply import Trouble
 from tandem_operator.conditions import Told, told
 from tandem_operator.control import FleetLink
 from tandem_operator.kube import KubeError
@@ -32,6 +32,8 @@ from tandem_operator.render.config import SpecError, fleet_spec
 from tandem_operator.render.group import group_children
 
 _AGAIN_S = 2.0
+_ABSENT_S = 5.0
+"""A fleet that has lost its state does not know its groups either, for seconds: one that it had is missed so long."""
 _LONGEST_REASON = 500
 _PHASES = {
     GroupState.STARTING: "Starting",
@@ -47,6 +49,7 @@ async def reconcile_group(ctx: Context, key: Key) -> float | None:
     """Bring a group closer to its spec; return in how many seconds to look again, None = when something changes."""
     group = ctx.cache.get(key)
     if group is None:
+        ctx.absent.pop(key, None)
         return None
     spec = GroupSpec.model_validate(group["spec"])
     if leaving(group):
@@ -60,11 +63,11 @@ async def reconcile_group(ctx: Context, key: Key) -> float | None:
         return None  # told of the Fleet
     link = ctx.links.open(key.namespace, spec.fleet)
     trouble: list[str] = []
-    if not fleet_says.paused and fleet_says.ray.address is None:
-        for child, body in group_children(group, spec, fleet_says.redis.url_secret).items():
+    if not fleet_says.paused:
+        for child, body in group_children(group, spec).items():
             try:
                 await ctx.applier.ensure(child, body, group)
-            except (NotOurs, Busy) as error:
+            except Trouble as error:
                 trouble.append(str(error))
             except KubeError as error:
                 if error.status not in (403, 404) or child.kind not in (VOLCANO_GANG, COSCHEDULING_GANG):
@@ -135,6 +138,7 @@ async def _put(link: FleetLink, spec: GroupSpec) -> None:
 
 async def _leave(ctx: Context, key: Key, group: Object, spec: GroupSpec) -> float | None:
     """Drain, and let the object go when the fleet does not have the group any more."""
+    absent_since = ctx.absent.pop(key, None)
     if DRAIN_FINALIZER not in (group["metadata"].get("finalizers") or ()):
         return None  # others still hold it
     fleet = ctx.fleet_of(group)
@@ -166,6 +170,10 @@ async def _leave(ctx: Context, key: Key, group: Object, spec: GroupSpec) -> floa
             wish = next((wish for wish in snapshot.desired if wish.group == spec.group), None)
             there = next((found for found in snapshot.groups if found.group == spec.group), None)
             if wish is None and there is None:
+                now = ctx.now()
+                if _had(group) and now - (absent_since or now) < _ABSENT_S:
+                    ctx.absent[key] = absent_since or now
+                    return _AGAIN_S
                 await _let_go(ctx, key, group, "")
                 return None
             if wish is not None and not wish.draining:
@@ -182,6 +190,12 @@ async def _leave(ctx: Context, key: Key, group: Object, spec: GroupSpec) -> floa
     wait = told("Drained", False, "Draining", message)
     await _tell_leaving(ctx, key, group, spec, snapshot, wait, deadline)
     return _AGAIN_S
+
+
+def _had(group: Object) -> bool:
+    """Whether the fleet ever had it, as far as its status says."""
+    status = group.get("status") or {}
+    return bool(status.get("state") or status.get("firstEpoch"))
 
 
 def _forced(ctx: Context, group: Object, fleet: FleetSpec | None) -> bool:
@@ -212,7 +226,10 @@ async def _tell_leaving(
     deadline: float = 0.0,
 ) -> None:
     there = _found(snapshot, spec.group)
-    status = {**_status(group, spec, there), "phase": "Draining"}
+    known = group.get("status") or {}
+    # What was known last stays: that the fleet had it says how it may go.
+    last = known if there is None and _had(group) else _status(group, spec, there)
+    status = {**last, "phase": "Draining"}
     status["drainDeadline"] = rfc3339(deadline) if deadline else ""
     await ctx.tell_status(key, group, status, [told("Ready", False, "Leaving", "It is being deleted."), wait])
 
@@ -266,7 +283,6 @@ def _status(group: Object, spec: GroupSpec, there: Group | None) -> Object:
         "weightVersion": there.weight_version if there is not None else "",
         "readyRanks": f"{ready}/{spec.nodes}",
         "ranks": [_rank(rank) for rank in ranks],
-        "load": (group.get("status") or {}).get("load") or {"running": 0, "waiting": 0, "kvUse": 0.0},
         "drainDeadline": "",
     }
     if there is not None:

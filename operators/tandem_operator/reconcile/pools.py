@@ -15,9 +15,8 @@ import msgspec
 from tandem.core.rollout import roll, templates_to_keep
 from tandem.core.rollout_types import Create, Memory, Phase, Plan, Pool, Remove
 from tandem.core.types import FleetSnapshot, GroupState, Role
-from tandem_operator.api.fleet import FleetSpec
 from tandem_operator.api.pool import GroupSpec, PoolSpec
-from tandem_operator.apply import Busy, NotOurs
+from tandem_operator.apply import Trouble
 from tandem_operator.conditions import told
 from tandem_operator.control import FleetLink
 from tandem_operator.metrics import READY
@@ -96,18 +95,24 @@ async def reconcile_pools(ctx: Context, key: Key) -> float | None:
         return None  # the Fleet makes them
     link = ctx.links.open(key.namespace, key.name)
     known = _remembered(ctx, key)
-    plans = roll([_pool(ctx, pool, link, fleet_says, known) for pool in pools.values()], ctx.now())
+    plans = roll([_pool(ctx, pool, link, known, paused=fleet_says.paused) for pool in pools.values()], ctx.now())
     trouble: dict[Role, str] = {}
     if not fleet_says.paused:
-        if link.reachable:  # else nobody knows how the groups are, and a memory of that would be wrong
-            known = await _remember(ctx, fleet, known, pools, plans)
+        try:
+            if link.reachable:  # else nobody knows how the groups are, and a memory of that would be wrong
+                known = await _remember(ctx, fleet, known, pools, plans)
+        except Trouble as error:  # nothing is done that is not written down
+            trouble = dict.fromkeys(pools, str(error))
         for role, pool in pools.items():
             try:
-                if lost := await _carry_out(ctx, pool, plans[role], known, link):
+                if role not in trouble and (lost := await _carry_out(ctx, pool, plans[role], known, link)):
                     trouble[role] = lost
-            except (NotOurs, Busy) as error:
+            except Trouble as error:
                 trouble[role] = str(error)
-            await _ensure_budget(ctx, pool, link)
+            try:
+                await _ensure_budget(ctx, pool, link)
+            except Trouble as error:
+                trouble.setdefault(role, str(error))
     for role, pool in pools.items() if link.known else ():
         await _tell(ctx, pool, plans[role], trouble.get(role, ""), link)
     if trouble:
@@ -127,13 +132,11 @@ def _read(ctx: Context, namespace: str, fleet: str, role: Role) -> _Pool | None:
     return _Pool(key, obj, spec, revision, kv_format, tuple(groups))
 
 
-def _pool(ctx: Context, pool: _Pool, link: FleetLink, fleet: FleetSpec, known: Remembered) -> Pool:
+def _pool(ctx: Context, pool: _Pool, link: FleetLink, known: Remembered, *, paused: bool) -> Pool:
     snapshot = link.snapshot if link.reachable else None
-    places = None
-    if fleet.ray.address is None:
-        places = {
-            one["spec"]["group"]: pods_of(ctx.cache, key_of(EP_GROUP, one), one["spec"]["nodes"]) for one in pool.groups
-        }
+    places = {
+        one["spec"]["group"]: pods_of(ctx.cache, key_of(EP_GROUP, one), one["spec"]["nodes"]) for one in pool.groups
+    }
     memory = known.memories.get(pool.spec.role, Memory())
     return Pool(
         role=pool.spec.role,
@@ -143,7 +146,7 @@ def _pool(ctx: Context, pool: _Pool, link: FleetLink, fleet: FleetSpec, known: R
         nodes=pool.spec.nodes,
         gpus_per_node=pool.spec.gpus_per_node,
         rules=rules_of(pool.spec.rollout),
-        paused=pool.spec.paused or fleet.paused,
+        paused=pool.spec.paused or paused,
         held=_held(snapshot),
         members=members_of(pool.groups, snapshot, link.loads, places, memory.good),
         memory=memory,
@@ -160,7 +163,7 @@ def _held(snapshot: FleetSnapshot | None) -> str:
 
 
 async def _carry_out(ctx: Context, pool: _Pool, plan: Plan, known: Remembered, link: FleetLink) -> str:
-    """Do what was planned; return why a part of it cannot be done, in one sentence. Raises NotOurs and Busy."""
+    """Do what was planned; return why a part of it cannot be done, in one sentence. Raises Trouble."""
     trouble = ""
     for action in plan.actions:
         name = group_name(pool.spec.fleet, action.group)
@@ -267,7 +270,8 @@ async def _tell(ctx: Context, pool: _Pool, plan: Plan, trouble: str, link: Fleet
     ready = status.ready if link.reachable else int((pool.obj.get("status") or {}).get("ready", 0))
     staying = [group for group in pool.groups if not leaving(group)]
     fleet, name = pool.spec.fleet, pool.key.name
-    READY.labels(pool.key.namespace, fleet, pool.spec.role).set(ready)
+    if ctx.cache.get(pool.fleet) is not None:
+        READY.labels(pool.key.namespace, fleet, pool.spec.role).set(ready)
     phase = status.phase
     found = [
         told(
@@ -294,6 +298,5 @@ async def _tell(ctx: Context, pool: _Pool, plan: Plan, trouble: str, link: Fleet
         "revision": pool.revision,
         "selector": f"{FLEET_LABEL}={fleet},{POOL_LABEL}={name},{GROUP_LABEL}",
         "gpus": gpus if pool.spec.template.device == "cuda" else 0,
-        "scaling": (pool.obj.get("status") or {}).get("scaling") or {},
     }
     await ctx.tell_status(pool.key, pool.obj, body, found)

@@ -19,7 +19,7 @@ from tandem.core.types import DpLoad, FleetSnapshot, Role
 from tandem.fleet.control_client import ControlError
 from tandem_operator.api.fleet import FleetSpec
 from tandem_operator.api.pool import PoolSpec
-from tandem_operator.apply import difference, without_empty
+from tandem_operator.apply import Trouble, difference, without_empty
 from tandem_operator.control import FleetLink
 from tandem_operator.kube import KubeError
 from tandem_operator.metrics import DECISIONS, WANTED
@@ -35,6 +35,7 @@ from tandem_operator.names import (
     pool_name,
 )
 from tandem_operator.reconcile.context import Context, rfc3339
+from tandem_operator.reconcile.planning_memory import PlanningMemory
 from tandem_operator.render.config import SpecError, fleet_spec
 from tandem_operator.render.policy import plan_policy
 
@@ -68,12 +69,13 @@ class Planner:
 
 
 class FleetPlanner:
-    """The planning of one fleet. What it remembers is lost with the operator, which costs a cool-down."""
+    """The planning of one fleet. An operator that takes over goes on from what the one before has kept."""
 
     def __init__(self, ctx: Context, namespace: str, fleet: str) -> None:
         self._ctx = ctx
         self._key = Key(FLEET, namespace, fleet)
-        self._state = PlanState()
+        self._memory = PlanningMemory(ctx)
+        self._state: PlanState | None = None
         self._history: TrafficHistory | None = None
         self._loads: dict[str, GroupLoad] = {}
         self._asked_at: dict[str, float] = {}
@@ -118,7 +120,10 @@ class FleetPlanner:
         specs = {role: PoolSpec.model_validate(pool["spec"]) for role, pool in found.items()}
         policy = plan_policy(spec, specs[Role.PREFILL], specs[Role.DECODE])
         observation = self._observe(policy, specs, link, now)
+        if self._state is None:
+            self._state = self._memory.read(fleet, now)
         self._state, decision = plan(self._state, observation, policy, now)
+        await self._remember(fleet, policy, now)
         for role, pool in found.items():
             await self._carry_out(role, pool, specs[role], decision.of(role))
         if now - self._told_at >= _TELL_S:
@@ -126,6 +131,13 @@ class FleetPlanner:
             await self._tell(fleet, load.groups, observation.slow)
         automatic = any(pool.autoscaling is not None for pool in specs.values())
         return spec.planning.tick_s if automatic else max(spec.planning.tick_s, _TELL_S)
+
+    async def _remember(self, fleet: Object, policy: PlanPolicy, now: float) -> None:
+        assert self._state is not None, "there was a tick"
+        try:
+            await self._memory.write(fleet, self._state, policy, now)
+        except (KubeError, Trouble) as error:  # no reason not to scale; the next tick tries again
+            _log.warning("What the planning of fleet %s remembers was not written: %s", self._key, error)
 
     def _pool(self, role: Role) -> Object | None:
         pool = self._ctx.cache.get(Key(POOL, self._key.namespace, pool_name(self._key.name, role)))

@@ -23,15 +23,23 @@ from tandem_operator.render.pods import TLS_FOLDER, model_path
 
 
 class SpecError(ValueError):
-    """A spec cannot be used. The message names every mistake by its field in the resource."""
+    """A spec cannot be used. The message names every mistake by its field in the resource; `reason` is one word."""
+
+    def __init__(self, message: str, reason: str = "Invalid") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 def fleet_spec(spec: object) -> FleetSpec:
     """A Fleet's spec as values. Raises SpecError: the server's schema cannot know every rule."""
     try:
-        return FleetSpec.model_validate(spec)
+        found = FleetSpec.model_validate(spec)
     except ValidationError as error:
         raise SpecError(sentence(error)) from error
+    if found.ray.address is not None:
+        why = "spec.ray.address: a Ray cluster that is there is not supported yet; remove ray.address"
+        raise SpecError(why, "NotSupported")
+    return found
 
 
 def sentence(error: ValidationError) -> str:
@@ -69,7 +77,7 @@ def fleet_config(name: str, namespace: str, spec: FleetSpec) -> FleetConfig:
             ),
             control=ControlConfig(host="0.0.0.0", port=CONTROL_PORT),
             state=StateConfig(url=state),
-            ray=RayConfig(address=spec.ray.address, group_resources=spec.ray.address is None),
+            ray=RayConfig(group_resources=True),
             timeouts=spec.timeouts,
             tenants=spec.tenants,
             default_tenant=spec.default_tenant,

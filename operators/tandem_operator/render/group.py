@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from tandem_operator.api.fleet import SecretKey
 from tandem_operator.api.pool import GroupSpec
 from tandem_operator.names import (
     CONTROL_PORT,
@@ -28,8 +27,8 @@ def group_labels(spec: GroupSpec) -> dict[str, str]:
     return labels(spec.fleet, "engine", role=spec.role, pool=spec.pool, group=spec.group)
 
 
-def group_children(group: Object, spec: GroupSpec, state_secret: SecretKey | None) -> Children:
-    """The children of a group. `state_secret`: what holds the URL of the state, if it is not the fleet's own Redis."""
+def group_children(group: Object, spec: GroupSpec) -> Children:
+    """The children of a group."""
     meta = group["metadata"]
     name, namespace = meta["name"], meta["namespace"]
     own: Object = {"labels": group_labels(spec), "ownerReferences": owned_by(EP_GROUP, group)}
@@ -53,7 +52,7 @@ def group_children(group: Object, spec: GroupSpec, state_secret: SecretKey | Non
                 # upgrade. A change of the pool's template makes new groups instead.
                 "updateStrategy": {"type": "OnDelete"},
                 "selector": {"matchLabels": own["labels"]},
-                "template": _template(name, namespace, spec, state_secret),
+                "template": _template(name, namespace, spec),
             },
         },
     }
@@ -65,7 +64,7 @@ def group_children(group: Object, spec: GroupSpec, state_secret: SecretKey | Non
     return children
 
 
-def _template(name: str, namespace: str, spec: GroupSpec, state_secret: SecretKey | None) -> Object:
+def _template(name: str, namespace: str, spec: GroupSpec) -> Object:
     template = spec.template
     options = template.pods
     gpus = {options.gpu_resource: str(spec.gpus_per_node)} if template.device == "cuda" else {}
@@ -90,7 +89,7 @@ def _template(name: str, namespace: str, spec: GroupSpec, state_secret: SecretKe
         template.image,
         ("tandem", "node", "join", "--group", spec.group),
         options,
-        env=_environment(namespace, spec, state_secret),
+        env=_environment(namespace, spec),
         mounts=[mount for _, mount in volumes],
         limits=gpus | dict(options.rdma) | {str(size): amount for size, amount in options.huge_pages.items()},
         capabilities=("IPC_LOCK",) if options.ipc_lock else (),
@@ -122,13 +121,13 @@ def _template(name: str, namespace: str, spec: GroupSpec, state_secret: SecretKe
     )
 
 
-def _environment(namespace: str, spec: GroupSpec, state_secret: SecretKey | None) -> pods.Variables:
+def _environment(namespace: str, spec: GroupSpec) -> pods.Variables:
     gpus = str(spec.gpus_per_node)
     head = f"{spec.fleet}-head.{namespace}.svc"
     return [
         *pods.variables(
             {
-                "TANDEM_GCS": pods.gcs_address(spec.fleet, namespace, None),
+                "TANDEM_GCS": pods.gcs_address(spec.fleet, namespace),
                 "TANDEM_CONTROL": f"{head}:{CONTROL_PORT}",
                 "TANDEM_GROUP": spec.group,
                 "TANDEM_LEAVE_S": str(max(1, spec.template.pods.termination_grace_s - 10)),
@@ -137,7 +136,6 @@ def _environment(namespace: str, spec: GroupSpec, state_secret: SecretKey | None
             }
         ),
         *pods.place_variables(),
-        *pods.state_variables(state_secret),
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from tandem.core.types import Role
 from tandem_operator.api.fleet import FleetSpec
@@ -25,10 +25,13 @@ from tandem_operator.render import pods
 from tandem_operator.render.config import config_json, fleet_config
 
 Children = dict[Key, Object]
+Update = Literal["RollingUpdate", "OnDelete"]
 
 _REDIS_FOLDER = "/data"
 _GATEWAY_GRACE_S = 120
 """For streams to end, or to go on through another gateway, when one is replaced."""
+_GATEWAY_MARGIN_S = 30
+"""Of that, for what comes before and after the drain: lingering, ending the rest, leaving Ray."""
 
 
 def platform_children(fleet: Object, spec: FleetSpec, budget: Kind | None) -> Children:
@@ -46,13 +49,12 @@ def platform_children(fleet: Object, spec: FleetSpec, budget: Kind | None) -> Ch
 
     add(CONFIG_MAP, f"{name}-config", "config", data={"fleet.json": config})
     add(STATEFUL_SET, f"{name}-head", "head", spec=_head(name, namespace, spec))
-    head_ports = {"gcs": GCS_PORT, "control": CONTROL_PORT} if spec.ray.address is None else {"control": CONTROL_PORT}
+    head_ports = {"gcs": GCS_PORT, "control": CONTROL_PORT}
     add(SERVICE, f"{name}-head", "head", spec=_service(name, "head", head_ports, headless=True))
     gateway = spec.gateway
-    if spec.ray.address is None:
-        add(STATEFUL_SET, f"{name}-gateway", "gateway", spec=_gateway(name, namespace, spec))
-        if budget is not None:
-            add(budget, f"{name}-gateway", "gateway", spec=_one_at_a_time(name, "gateway"))
+    add(STATEFUL_SET, f"{name}-gateway", "gateway", spec=_gateway(name, namespace, spec))
+    if budget is not None:
+        add(budget, f"{name}-gateway", "gateway", spec=_one_at_a_time(name, "gateway"))
     service = _service(name, "gateway", {"http": gateway.http_port, "grpc": gateway.grpc_port})
     add(
         SERVICE,
@@ -67,11 +69,9 @@ def platform_children(fleet: Object, spec: FleetSpec, budget: Kind | None) -> Ch
     return children
 
 
-def platform_names(name: str, namespace: str, budget: Kind | None) -> list[Key]:
-    """Every child that a fleet could have, so that those which it should not have any more can be deleted."""
-    found = [Key(STATEFUL_SET, namespace, f"{name}-{part}") for part in ("head", "gateway", "redis")]
-    found += [Key(SERVICE, namespace, child) for child in (name, f"{name}-head", f"{name}-redis")]
-    return found + ([Key(budget, namespace, f"{name}-gateway")] if budget is not None else [])
+def passing_names(name: str, namespace: str) -> list[Key]:
+    """Children that not every fleet has, so that those which it should not have any more can be deleted."""
+    return [Key(kind, namespace, f"{name}-redis") for kind in (STATEFUL_SET, SERVICE)]
 
 
 def desired_gpus(spec: FleetSpec, groups: Mapping[Role, int]) -> int:
@@ -81,7 +81,11 @@ def desired_gpus(spec: FleetSpec, groups: Mapping[Role, int]) -> int:
 
 
 def _head(name: str, namespace: str, spec: FleetSpec) -> Object:
-    """The head reads fleet.json again when it changes, and sees to the gateways: neither restarts for that."""
+    """The head reads fleet.json again when it changes, and sees to the gateways: neither restarts for that.
+
+    Without storage another pod begins with an empty GCS, and all groups restart: then one that runs is left alone, and
+    another template waits until somebody deletes the pod.
+    """
     volumes = [pods.config_volume(name), *_volumes(spec)]
     folder, data_mount = _data("data", pods.DATA_FOLDER, spec.ray.storage)
     container = pods.container(
@@ -115,7 +119,8 @@ def _head(name: str, namespace: str, spec: FleetSpec) -> Object:
         terminationGracePeriodSeconds=30,
     )
     claims = _claim("data", spec.ray.storage, spec.ray.storage_class)
-    return _stateful_set(name, "head", f"{name}-head", 1, template, claims)
+    update: Update = "RollingUpdate" if spec.ray.storage else "OnDelete"
+    return _stateful_set(name, "head", f"{name}-head", 1, template, claims, update=update)
 
 
 def _gateway(name: str, namespace: str, spec: FleetSpec) -> Object:
@@ -132,15 +137,14 @@ def _gateway(name: str, namespace: str, spec: FleetSpec) -> Object:
         env=[
             *pods.variables(
                 {
-                    "TANDEM_DRAIN_S": str(_GATEWAY_GRACE_S - 10),
-                    "TANDEM_GCS": pods.gcs_address(name, namespace, spec.ray.address),
+                    "TANDEM_DRAIN_S": str(_GATEWAY_GRACE_S - _GATEWAY_MARGIN_S),
+                    "TANDEM_GCS": pods.gcs_address(name, namespace),
                     "TANDEM_CONTROL": f"{name}-head.{namespace}.svc:{CONTROL_PORT}",
                     **_tenants_variable(spec),
                     "HOME": "/tmp",
                 }
             ),
             *pods.place_variables(),
-            *pods.state_variables(spec.redis.url_secret),
         ],
         mounts=[mount for _, mount in _volumes(spec)],
         ports=[
@@ -183,14 +187,21 @@ def _redis(name: str, spec: FleetSpec) -> Object:
 
 
 def _stateful_set(
-    name: str, component: str, service: str, replicas: int, template: Object, claims: list[Object]
+    name: str,
+    component: str,
+    service: str,
+    replicas: int,
+    template: Object,
+    claims: list[Object],
+    *,
+    update: Update = "RollingUpdate",
 ) -> Object:
     more = {"volumeClaimTemplates": claims} if claims else {}
     return {
         "replicas": replicas,
         "serviceName": service,
         "podManagementPolicy": "Parallel",
-        "updateStrategy": {"type": "RollingUpdate"},
+        "updateStrategy": {"type": update},
         "selector": {"matchLabels": labels(name, component)},
         "template": template,
         **more,

@@ -51,7 +51,7 @@ def place_variables() -> Variables:
 
 
 def state_variables(secret: SecretKey | None) -> Variables:
-    """The URL of the state, where a Secret holds it."""
+    """The URL of the state, where a Secret holds it. Only the head needs it: all others are told by the head."""
     if secret is None:
         return []
     return [
@@ -59,9 +59,9 @@ def state_variables(secret: SecretKey | None) -> Variables:
     ]
 
 
-def gcs_address(fleet: str, namespace: str, external: str | None) -> str:
+def gcs_address(fleet: str, namespace: str) -> str:
     """Where a fleet's Ray cluster has its GCS."""
-    return external or f"{fleet}-head.{namespace}.svc:{GCS_PORT}"
+    return f"{fleet}-head.{namespace}.svc:{GCS_PORT}"
 
 
 def config_volume(fleet: str) -> tuple[Object, Object]:

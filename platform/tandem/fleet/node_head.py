@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from watchfiles import awatch
 
 from tandem.config import FleetConfig
 from tandem.core.heartbeat import Limits
@@ -32,6 +31,7 @@ from tandem.fleet.host_steps import (
     run_controller,
 )
 from tandem.fleet.node_config import read_config
+from tandem.fleet.node_follow import follow
 from tandem.fleet.node_gateways import Gateways
 from tandem.fleet.node_probe import Probe
 from tandem.fleet.node_process import RUN_FOLDER, make_folder
@@ -46,8 +46,6 @@ log = logging.getLogger(__name__)
 _PATIENCE_S = 1800.0
 """A head may be away for so long, while its pod and its volume are moved, before nodes give up and start anew."""
 _STORE_AGAIN_S = 2.0
-_POLL_MS = 1000
-"""Not by inotify: a machine has few watches for all that run on it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,27 +140,21 @@ class Head:
 
     async def _follow(self, config: FleetConfig, model: ServedModel, gateways: Gateways) -> None:
         """Carry out each change of the configuration."""
-        # The folders, not the files: Kubernetes puts other files in their place.
-        files = [file for file in (self._settings.config, self._settings.tenants) if file is not None]
-        async for _ in awatch(*{file.parent for file in files}, force_polling=True, poll_delay_ms=_POLL_MS):
-            try:
-                new = await asyncio.to_thread(self._read)
-            except HostError as error:
-                log.error("%s; the fleet goes on as it is", error)
-                continue
-            if new == config:
-                continue
+        told = config
+
+        async def carry_out(new: FleetConfig) -> None:
+            nonlocal told
             if ServedModel.of(new, self._settings.run) != model:
-                log.error("the configuration names another model; restart the head for it, or use `tandem refresh`")
-                continue
-            log.info("the configuration has changed")
-            gateways.want(new)
-            try:
-                await self._run_controller(new, model)
-            except HostError as error:
-                log.error("%s", error)
-                continue
-            config = new
+                raise HostError(
+                    "the configuration names another model: restart the head for it, or use `tandem refresh`"
+                )
+            if new != told:  # else the controller alone has not taken it yet
+                log.info("the configuration has changed")
+                gateways.want(new)
+                told = new
+            await self._run_controller(new, model)
+
+        await follow(self._read, carry_out, config)
 
     # -- the parts
 

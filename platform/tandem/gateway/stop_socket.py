@@ -19,29 +19,54 @@ STOP_SOCKET = "gateway-stop"
 
 _DONE = b"stopped\n"
 _BEYOND_S = 20.0
+_PAUSE_S = 1.0
 log = logging.getLogger(__name__)
 
 
-def serve_stop(path: Path, stop: Callable[[float], None]) -> None:
-    """Listen at `path`, in a thread of its own; `stop` gets the seconds that requests may still take."""
+def serve_stop(path: Path, stop: Callable[[float], None], *, patience_s: float = 5.0) -> Callable[[], None]:
+    """Listen at `path`, in a thread of its own; `stop` gets the seconds that requests may still take.
+
+    Callers wait for each other. One that says nothing for `patience_s`, or goes away, changes nothing for the next.
+    Returns what ends it; the process may as well end without.
+    """
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(str(path))
     listener.listen(4)
 
+    closed = threading.Event()
+
     def listen() -> None:
         while True:
-            connection, _ = listener.accept()
-            with connection, connection.makefile("rb") as asked:
-                try:
+            try:
+                connection, _ = listener.accept()
+            except OSError as error:
+                if closed.is_set():
+                    return
+                # Such as no file descriptor that is free.
+                log.warning("nobody can tell this gateway to stop now: %s", error)
+                closed.wait(_PAUSE_S)
+                continue
+            try:
+                with connection, connection.makefile("rb") as asked:
+                    connection.settimeout(patience_s)
                     grace = float(asked.readline())
-                except ValueError:
-                    continue
-                log.info("told to stop within %.0f s", grace)
-                stop(grace)
-                connection.sendall(_DONE)
+                    log.info("told to stop within %.0f s", grace)
+                    stop(grace)
+                    connection.sendall(_DONE)
+            except (ValueError, OSError) as error:
+                log.warning("who came to have this gateway stop was not served: %s", error)
 
-    threading.Thread(target=listen, name="tandem-stop", daemon=True).start()
+    thread = threading.Thread(target=listen, name="tandem-stop", daemon=True)
+    thread.start()
+
+    def close() -> None:
+        closed.set()
+        listener.shutdown(socket.SHUT_RDWR)  # wakes `accept`
+        thread.join(patience_s)
+        listener.close()
+
+    return close
 
 
 async def ask_stop(path: Path, grace: float) -> str:

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandem_operator.apply import Applier, Busy, NotOurs, difference, without_empty
+from tandem_operator.apply import Applier, Busy, NotOurs, Refused, Trouble, difference, without_empty
 from tandem_operator.cache import Cache
 from tandem_operator.compare import covers
-from tandem_operator.names import CONFIG_MAP, FLEET, Key, Kind, Object, owned_by
+from tandem_operator.kube import KubeError
+from tandem_operator.names import CONFIG_MAP, FLEET, SERVICE, STATEFUL_SET, Key, Kind, Object, labels, owned_by
 from unit.operator.objects import fleet
 
 values = st.recursive(
@@ -110,14 +111,21 @@ class Server:
     def __init__(self) -> None:
         self.applied: list[Object] = []
         self.deleted: list[str] = []
+        self.unlabelled: dict[Key, Object] = {}
+        self.refuses: KubeError | None = None
+
+    async def find(self, key: Key) -> Object | None:
+        return self.unlabelled.get(key)
 
     async def apply(self, key: Key, obj: Object) -> Object:
+        if self.refuses is not None:
+            raise self.refuses
         self.applied.append(obj)
         meta = {**obj["metadata"], "name": key.name, "namespace": key.namespace, "uid": "u"}
         return {**obj, "metadata": {**meta, "resourceVersion": str(10 + len(self.applied))}}
 
-    async def delete(self, key: Key, uid: str) -> None:
-        self.deleted.append(uid)
+    async def delete(self, key: Key, uid: str, *, orphan: bool = False) -> None:
+        self.deleted.append(f"{uid} {'without' if orphan else 'with'} its pods")
 
 
 KEY = Key(CONFIG_MAP, "ai", "r1-config")
@@ -135,7 +143,7 @@ def server() -> Server:
 
 @pytest.fixture
 def applier(server: Server) -> Applier:
-    kinds: tuple[Kind, ...] = (CONFIG_MAP,)
+    kinds: tuple[Kind, ...] = (CONFIG_MAP, STATEFUL_SET, SERVICE)
     return Applier(server, Cache(), kinds)  # type: ignore[arg-type]
 
 
@@ -164,9 +172,88 @@ def live(**meta: Any) -> Object:
     return {"metadata": {"name": KEY.name, "namespace": "ai", "uid": "x", "resourceVersion": "1", **meta}}
 
 
-async def test_an_orphan_is_adopted(applier: Applier) -> None:
-    applier.cache.put(CONFIG_MAP, live())
+async def test_one_of_ours_that_has_lost_its_owner_is_adopted(applier: Applier) -> None:
+    applier.cache.put(CONFIG_MAP, live(labels=labels("r1", "config")))
     assert await applier.ensure(KEY, child(), PARENT)
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {},
+        {"labels": {"app.kubernetes.io/managed-by": "Helm"}},
+        {"ownerReferences": [{"kind": "Deployment", "name": "theirs", "uid": "y", "controller": True}]},
+    ],
+)
+async def test_an_object_without_our_label_is_not_taken_over(
+    applier: Applier, server: Server, meta: dict[str, Any]
+) -> None:
+    server.unlabelled[KEY] = live(**meta)  # the cache has only what carries the label of a fleet
+    with pytest.raises(NotOurs, match="give this fleet another name"):
+        await applier.ensure(KEY, child(), PARENT)
+    assert server.applied == []
+
+
+async def test_a_child_that_somebody_took_the_label_from_is_put_right(applier: Applier, server: Server) -> None:
+    server.unlabelled[KEY] = live(ownerReferences=owned_by(FLEET, PARENT))
+    assert await applier.ensure(KEY, child(), PARENT)
+
+
+STATEFUL_WORDS = [
+    "'replicas', 'template', and 'updateStrategy'",  # 1.20
+    "'replicas', 'ordinals', 'template', 'updateStrategy', 'revisionHistoryLimit',"
+    " 'persistentVolumeClaimRetentionPolicy' and 'minReadySeconds'",  # since 1.32 or so
+]
+IMMUTABLE = [
+    *(
+        f"Forbidden: updates to statefulset spec for fields other than {words} are forbidden"
+        for words in STATEFUL_WORDS
+    ),
+    "Invalid value: v1.RollingUpdateStatefulSetStrategy{}: only allowed for updateStrategy 'RollingUpdate'",
+    'Invalid value: "None": field is immutable',
+    'Invalid value: []string{"None"}: may not change once set',
+]
+WRONG = 'Invalid value: "a b": a valid label must be an empty string or consist of alphanumeric characters'
+
+
+def invalid(*causes: str, listed: bool = True) -> KubeError:
+    said = f'StatefulSet.apps "r1-head" is invalid: {", ".join(causes)}'
+    return KubeError(f"PATCH /x: 422: {said}", 422, "Invalid", said=said, causes=causes if listed else ())
+
+
+async def written_again(applier: Applier, key: Key) -> None:
+    ours = live(name=key.name, ownerReferences=owned_by(FLEET, PARENT))
+    applier.cache.put(key.kind, ours)
+    await applier.ensure(key, child(), PARENT)
+
+
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("words", IMMUTABLE)
+@pytest.mark.parametrize("kind", [STATEFUL_SET, SERVICE])
+async def test_what_cannot_be_changed_is_made_anew_and_its_pods_stay(
+    applier: Applier, server: Server, kind: Kind, words: str, listed: bool
+) -> None:
+    server.refuses = invalid(words, listed=listed)
+    with pytest.raises(Busy):
+        await written_again(applier, Key(kind, "ai", "r1-head"))
+    assert server.deleted == ["x without its pods"]
+
+
+@pytest.mark.parametrize("causes", [(WRONG,), (IMMUTABLE[0], WRONG)])
+async def test_a_wrong_value_is_told_and_deletes_nothing(
+    applier: Applier, server: Server, causes: tuple[str, ...]
+) -> None:
+    server.refuses = invalid(*causes)
+    with pytest.raises(Refused, match=r"r1-head: .* a valid label must be"):
+        await written_again(applier, Key(STATEFUL_SET, "ai", "r1-head"))
+    assert server.deleted == []
+
+
+async def test_a_config_map_that_is_refused_is_trouble_and_stays(applier: Applier, server: Server) -> None:
+    server.refuses = invalid(IMMUTABLE[3])
+    with pytest.raises(Trouble):
+        await written_again(applier, KEY)
+    assert server.deleted == []
 
 
 async def test_what_belongs_to_somebody_else_is_left_alone(applier: Applier, server: Server) -> None:

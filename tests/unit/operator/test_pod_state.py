@@ -198,6 +198,8 @@ async def test_an_image_that_cannot_be_pulled_is_taken_back() -> None:
     for name in new:
         world.control.gone(name)
     await world.look()
+    world.ctx.at += 5
+    await world.look()
     assert set(world.groups()) == old
     for role in Role:
         told = world.condition(world.server.objects[Key(POOL, "ai", f"r1-{role}")], "Degraded")

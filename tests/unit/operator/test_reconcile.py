@@ -20,6 +20,7 @@ from tandem_operator.names import (
     Key,
     Object,
 )
+from tandem_operator.reconcile.group import reconcile_group
 from unit.operator.world import NOW, World
 
 
@@ -108,13 +109,13 @@ async def test_what_is_not_needed_any_more_is_removed() -> None:
     assert Key(STATEFUL_SET, "ai", "r1-redis") not in world.server.objects
 
 
-async def test_in_a_ray_cluster_that_is_there_groups_have_no_pods_of_ours() -> None:
+async def test_for_a_ray_cluster_that_is_there_nothing_is_made_and_why_is_told() -> None:
     world = World(ray={"address": "ray:6379"})
     await world.look()
-    assert world.groups() == ["decode-0", "prefill-0"]
-    assert Key(STATEFUL_SET, "ai", "r1-decode-0") not in world.server.objects
-    told = world.condition(world.server.objects[Key(FLEET, "ai", "r1")], "PodsManaged")
-    assert (told["status"], "ray:6379" in told["message"]) == ("False", True)
+    assert list(world.server.objects) == [Key(FLEET, "ai", "r1")]
+    told = world.condition(world.server.objects[Key(FLEET, "ai", "r1")], "Valid")
+    assert (told["status"], told["reason"]) == ("False", "NotSupported")
+    assert "remove ray.address" in told["message"]
 
 
 # -- groups
@@ -131,7 +132,44 @@ async def test_a_group_that_is_wanted_less_drains_and_then_goes() -> None:
     assert world.group(leaving) is not None
     world.control.gone(leaving)
     await world.look()
+    world.ctx.at += 5
+    await world.look()
     assert world.group(leaving) is None
+
+
+async def test_a_group_that_its_fleet_does_not_know_for_a_moment_does_not_go_without_a_drain() -> None:
+    world = World()
+    await world.look()
+    desired, groups = dict(world.control.desired), dict(world.control.groups)
+    await world.delete("decode-0")
+    world.control.gone("decode-0")  # the state came back empty
+    await world.look()
+    world.link.reachable = False  # and its head once more
+    world.ctx.at += 6
+    await world.look()
+    world.link.reachable = True
+    await world.look()
+    assert world.group("decode-0") is not None
+    world.control.desired, world.control.groups = desired, groups
+    await world.look()
+    assert "drain decode-0" in world.control.calls
+    world.control.gone("decode-0")
+    world.ctx.at += 4  # counted anew
+    await world.look()
+    assert world.group("decode-0") is not None
+    world.ctx.at += 5
+    await world.look()
+    assert world.group("decode-0") is None
+
+
+async def test_a_group_that_the_fleet_never_had_goes_at_once() -> None:
+    world = World()
+    world.link.reachable = False
+    await world.look()
+    await world.delete("decode-0")
+    world.link.reachable = True
+    await reconcile_group(world.ctx, Key(EP_GROUP, "ai", "r1-decode-0"))
+    assert world.group("decode-0") is None
 
 
 async def test_a_group_that_drains_tells_until_when() -> None:
@@ -245,6 +283,20 @@ async def test_a_group_without_an_object_drains_but_not_at_once() -> None:
     world.ctx.at = NOW + 31
     await world.look()
     assert "drain decode-9" in world.control.calls
+
+
+async def test_nothing_of_a_paused_fleet_drains_for_want_of_an_object() -> None:
+    world = World()
+    await world.look()
+    await world.control.put_group(replace(world.control.desired["decode-0"], group="decode-9"))
+    world.say(paused=True)
+    await world.look()
+    world.ctx.at = NOW + 3600
+    await world.look()
+    assert "drain decode-9" not in world.control.calls
+    world.say(paused=False)
+    await world.look()  # and after that it is looked at for as long as any other
+    assert "drain decode-9" not in world.control.calls
 
 
 # -- changes

@@ -25,7 +25,7 @@ from tandem_operator.names import (
 )
 from tandem_operator.render.config import SpecError, fleet_config, fleet_spec
 from tandem_operator.render.group import group_children
-from tandem_operator.render.platform import platform_children, platform_names
+from tandem_operator.render.platform import passing_names, platform_children
 from tandem_operator.render.pool import pool_budget, pool_object
 from unit.operator.objects import fleet, group, pool, spec_of
 
@@ -38,7 +38,7 @@ def platform(**spec: Any) -> dict[tuple[Kind, str], Object]:
 def engine(**pods: Any) -> Object:
     """The pod template of a decode group."""
     made, spec = group(fleet(decode={"pods": pods}))
-    return group_children(made, spec, None)[Key(STATEFUL_SET, "ai", "r1-decode-0")]["spec"]["template"]
+    return group_children(made, spec)[Key(STATEFUL_SET, "ai", "r1-decode-0")]["spec"]["template"]
 
 
 def env(container: Object) -> dict[str, Any]:
@@ -128,9 +128,34 @@ def test_a_fleet_has_head_gateway_and_redis_with_services() -> None:
     }
 
 
-def test_every_child_that_there_can_be_is_known_for_removal() -> None:
-    possible = set(platform_names("r1", "ai", BUDGET)) | {Key(CONFIG_MAP, "ai", "r1-config")}
-    assert {Key(kind, "ai", name) for kind, name in platform()} == possible
+def test_every_child_that_not_every_fleet_has_is_known_for_removal() -> None:
+    without = platform(redis={"urlSecret": {"name": "mine", "key": "url"}})
+    assert {Key(kind, "ai", name) for kind, name in platform().keys() - without.keys()} == set(
+        passing_names("r1", "ai")
+    )
+
+
+def test_only_the_head_is_told_the_secret_url_of_redis() -> None:
+    spec = fleet(redis={"urlSecret": {"name": "mine", "key": "url"}})
+    made, own = group(spec)
+    children = {**platform_children(spec, spec_of(spec), BUDGET), **group_children(made, own)}
+    knowing = {
+        key.name
+        for key, body in children.items()
+        if key.kind is STATEFUL_SET and "secretKeyRef" in json.dumps(body["spec"]["template"])
+    }
+    assert knowing == {"r1-head"}
+
+
+@pytest.mark.parametrize(("ray", "update"), [({}, "OnDelete"), ({"storage": "10Gi"}, "RollingUpdate")])
+def test_a_head_that_forgets_with_its_pod_is_not_replaced_by_itself(ray: dict[str, str], update: str) -> None:
+    assert platform(ray=ray)[STATEFUL_SET, "r1-head"]["spec"]["updateStrategy"] == {"type": update}
+
+
+def test_a_gateway_has_time_left_after_its_drain() -> None:
+    pod = platform()[STATEFUL_SET, "r1-gateway"]["spec"]["template"]["spec"]
+    drain = int(env(pod["containers"][0])["TANDEM_DRAIN_S"])
+    assert drain + 30 <= pod["terminationGracePeriodSeconds"]
 
 
 def test_an_external_redis_is_not_run() -> None:
@@ -170,17 +195,10 @@ def test_the_platform_image_is_for_head_and_gateway_only() -> None:
 # -- an existing Ray cluster
 
 
-def test_in_a_ray_cluster_that_is_there_no_ray_of_ours_is_run() -> None:
-    made = platform(ray={"address": "ray-head.kuberay:6379"})
-    assert (STATEFUL_SET, "r1-gateway") not in made
-    ports = {port["name"] for port in made[SERVICE, "r1-head"]["spec"]["ports"]}
-    assert ports == {"control"}
-
-
-def test_in_a_ray_cluster_that_is_there_ray_places_the_groups() -> None:
-    config = written(ray={"address": "ray-head.kuberay:6379"})
-    assert config.ray.address == "ray-head.kuberay:6379"
-    assert not config.ray.group_resources
+def test_a_ray_cluster_that_is_there_is_not_supported_yet() -> None:
+    with pytest.raises(SpecError, match=r"spec\.ray\.address: .* remove ray\.address") as found:
+        fleet_spec(fleet(ray={"address": "ray-head.kuberay:6379"})["spec"])
+    assert found.value.reason == "NotSupported"
 
 
 # -- engines
@@ -188,19 +206,19 @@ def test_in_a_ray_cluster_that_is_there_ray_places_the_groups() -> None:
 
 def test_a_group_has_a_pod_for_each_node_and_starts_them_together() -> None:
     made, spec = group(fleet(decode={"nodes": 18}))
-    body = group_children(made, spec, None)[Key(STATEFUL_SET, "ai", "r1-decode-0")]["spec"]
+    body = group_children(made, spec)[Key(STATEFUL_SET, "ai", "r1-decode-0")]["spec"]
     assert (body["replicas"], body["podManagementPolicy"], body["serviceName"]) == (18, "Parallel", "r1-decode-0")
 
 
 def test_an_upgrade_of_the_operator_restarts_no_engine() -> None:
     made, spec = group(fleet())
-    body = group_children(made, spec, None)[Key(STATEFUL_SET, "ai", "r1-decode-0")]["spec"]
+    body = group_children(made, spec)[Key(STATEFUL_SET, "ai", "r1-decode-0")]["spec"]
     assert body["updateStrategy"] == {"type": "OnDelete"}
 
 
 def test_ranks_are_found_before_they_are_ready() -> None:
     made, spec = group(fleet())
-    body = group_children(made, spec, None)[Key(SERVICE, "ai", "r1-decode-0")]["spec"]
+    body = group_children(made, spec)[Key(SERVICE, "ai", "r1-decode-0")]["spec"]
     assert body["clusterIP"] == "None"
     assert body["publishNotReadyAddresses"]
 
@@ -229,7 +247,7 @@ def test_an_engine_asks_for_its_gpus_and_devices() -> None:
 
 def test_a_group_on_cpu_asks_for_no_gpus() -> None:
     made, spec = group(fleet(device="cpu"))
-    pod = group_children(made, spec, None)[Key(STATEFUL_SET, "ai", "r1-decode-0")]["spec"]["template"]["spec"]
+    pod = group_children(made, spec)[Key(STATEFUL_SET, "ai", "r1-decode-0")]["spec"]["template"]["spec"]
     assert pod["containers"][0]["resources"] == {}
     assert env(pod["containers"][0])["TANDEM_GPUS"] == "0"
 
@@ -282,12 +300,12 @@ def test_a_gang_scheduler_is_told_how_many_pods_belong_together() -> None:
 @pytest.mark.parametrize(("scheduler", "kind"), [("volcano", VOLCANO_GANG), ("coscheduling", COSCHEDULING_GANG)])
 def test_a_pod_group_is_made_for_a_scheduler_that_wants_one(scheduler: str, kind: Kind) -> None:
     made, spec = group(fleet(decode={"pods": {"gang": {"scheduler": scheduler}}}))
-    assert group_children(made, spec, None)[Key(kind, "ai", "r1-decode-0")]["spec"]["minMember"] == 2
+    assert group_children(made, spec)[Key(kind, "ai", "r1-decode-0")]["spec"]["minMember"] == 2
 
 
 def test_kueue_finds_its_queue_on_the_stateful_set() -> None:
     made, spec = group(fleet(decode={"pods": {"gang": {"scheduler": "kueue", "queue": "gpus"}}}))
-    labels = group_children(made, spec, None)[Key(STATEFUL_SET, "ai", "r1-decode-0")]["metadata"]["labels"]
+    labels = group_children(made, spec)[Key(STATEFUL_SET, "ai", "r1-decode-0")]["metadata"]["labels"]
     assert labels["kueue.x-k8s.io/queue-name"] == "gpus"
 
 
@@ -301,7 +319,7 @@ def test_kueue_finds_its_queue_on_the_stateful_set() -> None:
 )
 def test_the_checkpoint_is_where_every_pod_looks_for_it(model: dict[str, Any], mounted: str) -> None:
     made, spec = group(fleet(model=model))
-    pod = group_children(made, spec, None)[Key(STATEFUL_SET, "ai", "r1-decode-0")]["spec"]["template"]["spec"]
+    pod = group_children(made, spec)[Key(STATEFUL_SET, "ai", "r1-decode-0")]["spec"]["template"]["spec"]
     mounts = {mount["name"]: mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
     assert mounts["model"] == mounted
     assert str(written(model=model).model.path).startswith(mounted)

@@ -57,8 +57,7 @@ def rendered(spec: dict[str, Any]) -> dict[Key, Object]:
     made = fleet(**spec)
     parent, pool_spec = pool(made)
     budget = {Key(BUDGET, "ai", "r1-decode"): pool_budget(parent, pool_spec, 1)}
-    secret = spec_of(made).redis.url_secret
-    groups = [group_children(*group(made, role, f"{role}-0"), secret) for role in Role]
+    groups = [group_children(*group(made, role, f"{role}-0")) for role in Role]
     return {**platform_children(made, spec_of(made), BUDGET), **budget, **groups[0], **groups[1]}
 
 

@@ -45,6 +45,9 @@ class Server:
     async def get(self, key: Key) -> Object | None:
         return self.objects.get(key)
 
+    async def find(self, key: Key) -> Object | None:
+        return self.objects.get(key)
+
     async def apply(self, key: Key, obj: Object) -> Object:
         self.writes.append(f"apply {key.kind.kind}/{key.name}")
         known = self.objects.get(key, {"metadata": {}})
