@@ -88,7 +88,8 @@ class RayCluster(Section):
 
     address: str | None = Field(
         None,
-        description="host:port of the GCS of one that is there (KubeRay's); none = one is run, of the fleet's own.",
+        description="host:port of the GCS of one that is there (KubeRay's): not supported yet, and refused by the"
+        " operator; none = one is run, of the fleet's own.",
     )
     storage: Quantity | None = Field(None, description="Size of a volume for what its head remembers.")
     storage_class: str | None = Field(None, description="Of the volume; none = the cluster's default.")
