@@ -14,6 +14,7 @@ from tandem_operator.compare import covers
 from tandem_operator.kube import KubeError
 from tandem_operator.names import CONFIG_MAP, FLEET, SERVICE, STATEFUL_SET, Key, Kind, Object, labels, owned_by
 from unit.operator.objects import fleet
+from unit.operator.world import merged
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=3),
@@ -64,19 +65,6 @@ def test_amounts_are_compared_by_what_they_mean(live: str, rendered: Any) -> Non
 
 
 # -- status
-
-
-def merged(live: Any, change: Any) -> Any:
-    """RFC 7386, as the server does it."""
-    if not isinstance(change, dict):
-        return change
-    result = dict(live) if isinstance(live, dict) else {}
-    for name, value in change.items():
-        if value is None:
-            result.pop(name, None)
-        else:
-            result[name] = merged(result.get(name), value)
-    return result
 
 
 plain = st.dictionaries(

@@ -55,7 +55,7 @@ class Server:
 
     async def patch(self, key: Key, change: Object, *, part: str = "") -> Object:
         self.writes.append(f"patch {key.kind.kind}/{key.name} {part}".rstrip())
-        done = self.put(key, _merged(self.objects[key], change))
+        done = self.put(key, merged(self.objects[key], change))
         if done["metadata"].get("deletionTimestamp") and not done["metadata"].get("finalizers"):
             self.drop(key)
         return done
@@ -228,7 +228,8 @@ class World:
         return next(entry for entry in obj["status"]["conditions"] if entry["type"] == kind)
 
 
-def _merged(live: Any, change: Any) -> Any:
+def merged(live: Any, change: Any) -> Any:
+    """RFC 7386, as the server does it."""
     if not isinstance(change, dict):
         return change
     result = dict(live) if isinstance(live, dict) else {}
@@ -236,5 +237,5 @@ def _merged(live: Any, change: Any) -> Any:
         if value is None:
             result.pop(name, None)
         else:
-            result[name] = _merged(result.get(name), value)
+            result[name] = merged(result.get(name), value)
     return result
