@@ -2,60 +2,34 @@
 
 from __future__ import annotations
 
-import threading
-import traceback
-
 from kubernetes.client.exceptions import ApiException
 
 from kube.kubelet.informer import Informer, Key, key_of
 from kube.kubelet.placement import plan
 from kube.kubelet.report import Events, now
-from kube.kubelet.rest import STRATEGIC, Object, Rest, Stopped, path
+from kube.kubelet.rest import STRATEGIC, Object, Rest, path
+from kube.kubelet.rounds import Rounds
 
 
-class Scheduler:
+class Scheduler(Rounds):
     """A thread of its own; `dirty` tells it that something changed."""
 
     def __init__(self, rest: Rest, informers: dict[str, Informer]) -> None:
+        super().__init__("scheduler")
         self._rest = rest
         self._informers = informers
         self._events = Events(rest, "scheduler")
         self._bound: dict[str, str] = {}
         """Nodes of pods whose binding the informer has not seen yet, by uid."""
         self._told: dict[str, str] = {}
-        self._dirty = threading.Event()
-        self._stopped = False
-        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
-
-    def start(self) -> None:
-        """Begin."""
-        self._thread.start()
 
     def stop(self) -> None:
         """End, once the API answers or has been given up."""
         self._stopped = True
         self._events.close()
-        self._dirty.set()
-        self._thread.join()
+        super().stop()
 
-    def dirty(self) -> None:
-        """Something changed."""
-        self._dirty.set()
-
-    def _run(self) -> None:
-        while True:
-            self._dirty.wait()
-            self._dirty.clear()
-            if self._stopped:
-                return
-            try:
-                self._round()
-            except Stopped:
-                return
-            except ApiException:
-                traceback.print_exc()
-
-    def _round(self) -> None:
+    def round(self) -> None:
         pods = {key_of(pod): self._as_bound(pod) for pod in self._informers["pods"].all()}
         uids = {pod["metadata"]["uid"] for pod in pods.values()}
         for known in (self._bound, self._told):

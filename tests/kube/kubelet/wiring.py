@@ -4,42 +4,27 @@ from __future__ import annotations
 
 import os
 import threading
-import traceback
 from typing import TYPE_CHECKING
 
 from kube.kubelet import proxy
 from kube.kubelet.informer import Informer
 from kube.kubelet.names import hosts
+from kube.kubelet.rounds import Rounds
 
 if TYPE_CHECKING:
     from kube.kubelet.pod import Pod
 
 
-class Wiring:
+class Wiring(Rounds):
     """A thread of its own; `dirty` tells it that something changed."""
 
     def __init__(self, informers: dict[str, Informer]) -> None:
+        super().__init__("wiring")
         self._informers = informers
         self._pods: dict[str, Pod] = {}
         self._written: dict[str, str] = {}
+        self._rules = ""
         self._lock = threading.Lock()
-        self._dirty = threading.Event()
-        self._stopped = False
-        self._thread = threading.Thread(target=self._run, name="wiring", daemon=True)
-
-    def start(self) -> None:
-        """Begin."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """End."""
-        self._stopped = True
-        self._dirty.set()
-        self._thread.join()
-
-    def dirty(self) -> None:
-        """Something changed."""
-        self._dirty.set()
 
     def add(self, pod: Pod) -> None:
         """A pod has its address: its hosts file is there when this returns."""
@@ -53,23 +38,14 @@ class Wiring:
             self._pods.pop(pod.uid, None)
             self._written.pop(pod.uid, None)
 
-    def _run(self) -> None:
-        rules = ""
-        while True:
-            self._dirty.wait()
-            self._dirty.clear()
-            if self._stopped:
-                return
-            try:
-                new = proxy.ruleset(self._informers["services"].all(), self._informers["endpoints"].all())
-                if new != rules:
-                    proxy.apply(new)
-                    rules = new
-                with self._lock:
-                    for pod in self._pods.values():
-                        self._write_hosts(pod)
-            except (RuntimeError, OSError):
-                traceback.print_exc()
+    def round(self) -> None:
+        new = proxy.ruleset(self._informers["services"].all(), self._informers["endpoints"].all())
+        if new != self._rules:
+            proxy.apply(new)
+            self._rules = new
+        with self._lock:
+            for pod in self._pods.values():
+                self._write_hosts(pod)
 
     def _write_hosts(self, pod: Pod) -> None:
         spec = pod.object["spec"]

@@ -8,6 +8,7 @@ from msgspec.structs import replace
 
 from tandem.core.planning import plan
 from tandem.core.planning_types import (
+    Capacity,
     Decision,
     GroupLoad,
     GroupView,
@@ -154,3 +155,9 @@ class Paper:
     def pool(self, role: Role, **changes: object) -> None:
         """Another policy of one pool."""
         self.policy = replace(self.policy, **{role.value: replace(self.policy.of(role), **changes)})
+
+
+def learned(paper: Paper, role: Role, broke: float) -> None:
+    """The planner has seen that a group bears no more than this."""
+    memory = replace(paper.state.of(role), capacity=Capacity(broke=broke, at=paper.now))
+    paper.state = replace(paper.state, **{role.value: memory})

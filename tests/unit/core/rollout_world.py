@@ -168,3 +168,32 @@ def world(prefill: int = 2, decode: int = 2, **rules: Any) -> World:
     fresh = World(pools)
     fresh.run(3)
     return fresh
+
+
+def change(fleet: World, *roles: Role, to: str = "B", kv_format: str = "kv1") -> None:
+    for role in roles:
+        fleet.want(role, revision=to, kv_format=kv_format)
+
+
+def until_canary(**rules: object) -> World:
+    """Decode has its first group of revision B, and it is up."""
+    fleet = world(decode=3, **rules)
+    change(fleet, D)
+    fleet.step()
+    fleet.empty()
+    fleet.step()
+    fleet.place()
+    fleet.serve()
+    return fleet
+
+
+def member(group: str, **changes: object) -> Member:
+    role = Role(group.partition("-")[0])
+    ready = Member(group=group, role=role, revision="A", state=GroupState.READY, ready_since=0.0, placed=0.0)
+    return replace(ready, **changes)
+
+
+def shrunk(*members: Member, to: int = 1) -> list[str]:
+    """The groups that go when so many are wanted, in the order in which that was decided."""
+    pool = Pool(role=D, groups=to, revision="A", rules=RULES, members=members, memory=Memory(good="A", target="A"))
+    return [action.group for action in roll([pool], 10.0)[D].actions]
