@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import os
 import random
+import re
 import signal
 from collections import Counter
 from collections.abc import Iterator
@@ -277,7 +278,8 @@ def test_a_load_step_makes_decode_go_up_and_down_by_itself(fleet: LiveFleet) -> 
     with fleet.traffic(clients=4):
         fleet.upgrade(images=images, decode={"autoscaling": policy}, planning=planning)
         settled(fleet, decode=2)
-        assert "decode: 2 groups instead of 1: time between tokens" in described(fleet)
+        # Which of the two loops was first depends on the machine: one sees the time, the other what a group can bear.
+        assert re.search(r"decode: 2 groups instead of 1: (time between tokens|.* a group bears)", described(fleet))
     settled(fleet, decode=1)
     assert "decode: 1 group instead of 2" in described(fleet)
     fleet.upgrade(images=images)

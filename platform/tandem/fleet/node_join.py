@@ -16,7 +16,13 @@ from tandem.fleet.node_process import RUN_FOLDER, make_folder
 from tandem.fleet.node_ray import JoinedNode, NodeOrders
 from tandem.fleet.nursery import NurseryProcess
 from tandem.fleet.ray_processes import GATEWAY_RESOURCE, RANK_RESOURCE, NodePlace, group_resource
-from tandem.gateway.stop_socket import NODE_FOLDER_VARIABLE, STOP_SOCKET, ask_stop
+from tandem.gateway.stop_socket import (
+    LINGER_VARIABLE,
+    NODE_FOLDER_VARIABLE,
+    SERVE_PATIENCE_S,
+    STOP_SOCKET,
+    ask_stop,
+)
 from tandem.models.tiny import TinyError, ensure_tiny
 
 log = logging.getLogger(__name__)
@@ -56,7 +62,8 @@ class Joined:
         self._folder = make_folder(settings.run, settings.host)
         self._missing = "it has just been started"
         self._nursery: NurseryProcess | None = None
-        os.environ[NODE_FOLDER_VARIABLE] = str(self._folder)  # its processes look for it there
+        # Its processes look for them there.
+        os.environ[NODE_FOLDER_VARIABLE], os.environ[LINGER_VARIABLE] = str(self._folder), str(settings.linger)
         place = NodePlace(host=settings.host)
         self._node = JoinedNode(
             self._folder / "r", place, settings.gcs, name=settings.name or settings.host, told=self._tell
@@ -137,9 +144,9 @@ class Joined:
         """Let the gateway of this node finish what it has."""
         self._tell("it has been told to end")
         settings = self._settings
-        await self._node.drain(settings.linger + settings.drain)
-        await asyncio.sleep(settings.linger)
-        log.info("%s", await ask_stop(self._folder / STOP_SOCKET, settings.drain))
+        # Serve begins to stop a replica so long before its node's end: that is to be later than what is done here.
+        await self._node.drain(settings.linger + settings.drain + SERVE_PATIENCE_S)
+        log.info("%s", await ask_stop(self._folder / STOP_SOCKET, settings.drain, settings.linger))
 
     def _tell(self, why: str) -> None:
         self._missing = why

@@ -77,6 +77,7 @@ class Gateway:
         self.tasks: list[asyncio.Task[None]] = []
         """What goes on by itself for as long as the replica lives; none of them ends well by itself."""
         self._grpc: GrpcServer | None = None
+        self._pages: Pages | None = None
         self._reaper: Reaper | None = None
 
     async def open(self) -> None:
@@ -111,7 +112,9 @@ class Gateway:
             self._go(tls.follow(self._context, config.gateway.tls), "tls")
         self._go(self._traffic().keep(), "traffic")
         service = await self._make_service()
-        pages = Pages(setting.replica, config.name, service, self._view.snapshot, lambda: self._events.counts)
+        self._pages = pages = Pages(
+            setting.replica, config.name, service, self._view.snapshot, lambda: self._events.counts
+        )
         self._answers = await self._make_answers(service)
         self._http = HttpServer(App(service, pages, self._answers))
         self._grpc = GrpcServer(
@@ -143,6 +146,13 @@ class Gateway:
             steady_at=lambda: registration.steady_at,
         )
         self._go(self._reaper.work(), "reaper")
+
+    def leave(self) -> None:
+        """Tell load balancers that ask for its health to send requests to others; take what comes all the same."""
+        assert self._pages is not None, "it is left only after it was opened"
+        assert self._grpc is not None, "it is left only after it was opened"
+        self._pages.leaving = True
+        self._grpc.health_changed()
 
     async def stop(self, grace: float) -> None:
         """Let requests end for `grace` seconds, then end the rest."""
@@ -285,6 +295,8 @@ class Gateway:
         return max(1, len(self._view.snapshot().gateways))
 
     def _shortage(self) -> str | None:
+        if self._pages is not None and self._pages.leaving:
+            return "this gateway leaves"
         found = self.driver.router.shortage()
         return None if found is None else found.reason
 

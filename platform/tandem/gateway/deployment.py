@@ -22,10 +22,16 @@ from ray.serve.config import ProxyLocation
 from tandem.config import FleetConfig
 from tandem.gateway.observe.logs import configure_logs
 from tandem.gateway.replica import GatewayReplica, spare_the_collector
-from tandem.gateway.stop_socket import NODE_FOLDER_VARIABLE, STOP_SOCKET, serve_stop
+from tandem.gateway.stop_socket import (
+    LINGER_VARIABLE,
+    NODE_FOLDER_VARIABLE,
+    SERVE_GRACE_S,
+    SERVE_PATIENCE_S,
+    STOP_SOCKET,
+    serve_stop,
+)
 
 APPLICATION = "tandem-gateway"
-DRAIN_S = 30.0
 _LOOK_S = 0.1
 
 
@@ -48,8 +54,8 @@ class _Gateway:
             address=ray.util.get_node_ip_address() if own else "",
         )
         self._replica.start()
-        if own:
-            serve_stop(Path(own) / STOP_SOCKET, self._replica.stop)
+        self._linger = float(os.environ.get(LINGER_VARIABLE, "0")) if own else 0.0
+        self._deaf = serve_stop(Path(own) / STOP_SOCKET, self._stop) if own else None
         spare_the_collector()
 
     async def check_health(self) -> None:
@@ -64,8 +70,13 @@ class _Gateway:
         """Called by Serve when it stops the replica."""
         replica = getattr(self, "_replica", None)
         if replica is not None:
-            await asyncio.to_thread(replica.stop, DRAIN_S)
+            await asyncio.to_thread(self._stop, SERVE_GRACE_S)
+            if deaf := getattr(self, "_deaf", None):
+                await asyncio.to_thread(deaf)
             self._logs.close()
+
+    def _stop(self, grace: float) -> None:
+        self._replica.stop(grace, linger=self._linger)
 
 
 def deploy(
@@ -99,7 +110,7 @@ def deploy(
         health_check_period_s=2.0,
         health_check_timeout_s=10.0,
         graceful_shutdown_wait_loop_s=0.1,
-        graceful_shutdown_timeout_s=DRAIN_S + 10,
+        graceful_shutdown_timeout_s=SERVE_PATIENCE_S,
         max_constructor_retry_count=3,
     )(_Gateway)
     # Serve would draw a new one at each call, and restart every replica for it. Its option for that is gone.

@@ -66,7 +66,9 @@ class GatewayReplica:
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping: asyncio.Event | None = None
-        self._grace = 0.0
+        self._grace = self._linger = 0.0
+        self._told = threading.Event()
+        """That it is to stop."""
 
     @property
     def url(self) -> str:
@@ -96,24 +98,36 @@ class GatewayReplica:
             raise ReplicaError(f"the gateway could not start: {error}") from error
         return self._record
 
-    def stop(self, grace: float = 30.0) -> None:
-        """Leave the store, take no new connection, let requests end for `grace` seconds, end the rest. Idempotent."""
-        thread, self._thread = self._thread, None
+    def stop(self, grace: float = 30.0, *, linger: float = 0.0) -> None:
+        """Leave the store, take no new connection, let requests end for `grace` seconds, end the rest.
+
+        `linger`: before that it takes requests for so many seconds, while `/health` says 503, for load balancers that
+        go by that. Idempotent; who comes second waits for what the first has asked for.
+        """
+        thread = self._thread
         if thread is None:
             return
-        self._grace = grace
-        if self._loop is not None and self._stopping is not None:
-            # The loop may have ended by itself meanwhile.
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._stopping.set)
-        thread.join(grace + 15)
+        first = not self._told.is_set()
+        if first:
+            self._told.set()
+            self._grace, self._linger = grace, linger
+            if self._loop is not None and self._stopping is not None:
+                # The loop may have ended by itself meanwhile.
+                with contextlib.suppress(RuntimeError):
+                    self._loop.call_soon_threadsafe(self._stopping.set)
+        thread.join(self._linger + self._grace + 15)
         if thread.is_alive():
             log.error("the gateway's thread did not end %g s after its grace", 15.0)
 
     def probe(self, within: float = 2.0) -> None:
-        """Ask our own listener for `/health`; raises ReplicaError unless this very replica answers in time."""
+        """Ask our own listener for `/health`; raises ReplicaError unless this very replica answers in time.
+
+        One that has been told to stop is left to it.
+        """
         if self._record is None or self._thread is None or not self._thread.is_alive():
             raise ReplicaError("the gateway's thread is not running")
+        if self._told.is_set():
+            return
         for _ in range(32):
             try:
                 health = _health(self._record.url, within, self._config.gateway.tls)
@@ -209,6 +223,9 @@ class GatewayReplica:
             finally:
                 stopping.cancel()
                 await registration.retire()
+                if self._linger:
+                    gateway.leave()
+                    await asyncio.sleep(self._linger)
                 await gateway.stop(self._grace)
                 registering.cancel()
                 await asyncio.wait([registering], timeout=5)

@@ -1,6 +1,7 @@
 """Lets whoever runs a gateway's node tell the gateway to stop: a Unix socket in the node's own folder.
 
-Serve stops replicas too, but one at a time and from the head, which may be away when a pod is told to end.
+Serve stops replicas too, but one at a time and from the head, which may be away when a pod is told to end. Whoever
+asks while Serve does so waits for that.
 """
 
 from __future__ import annotations
@@ -14,6 +15,13 @@ from pathlib import Path
 
 NODE_FOLDER_VARIABLE = "TANDEM_NODE_FOLDER"
 """Names a folder of this node's own (`tandem node join`), where nodes do not share a file system."""
+LINGER_VARIABLE = "TANDEM_LINGER_S"
+"""For so many seconds a gateway that is to stop takes requests, while `/health` says that it leaves."""
+LONGEST_LINGER_S = 30.0
+SERVE_GRACE_S = 30.0
+"""For requests to end when it is Serve that stops the gateway."""
+SERVE_PATIENCE_S = LONGEST_LINGER_S + SERVE_GRACE_S + 10.0
+"""Serve ends a replica that has not stopped after this; on a node that ends, it begins so long before its end."""
 STOP_SOCKET = "gateway-stop"
 """Its name in the folder."""
 
@@ -27,7 +35,7 @@ def serve_stop(path: Path, stop: Callable[[float], None], *, patience_s: float =
     """Listen at `path`, in a thread of its own; `stop` gets the seconds that requests may still take.
 
     Callers wait for each other. One that says nothing for `patience_s`, or goes away, changes nothing for the next.
-    Returns what ends it; the process may as well end without.
+    Returns what ends it once the gateway has stopped; a process that ends without leaves a socket that refuses.
     """
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -65,14 +73,19 @@ def serve_stop(path: Path, stop: Callable[[float], None], *, patience_s: float =
         listener.shutdown(socket.SHUT_RDWR)  # wakes `accept`
         thread.join(patience_s)
         listener.close()
+        path.unlink(missing_ok=True)
 
     return close
 
 
-async def ask_stop(path: Path, grace: float) -> str:
-    """Have the gateway of this node stop, and wait for it; return in one sentence what came of it."""
+async def ask_stop(path: Path, grace: float, linger: float = 0.0) -> str:
+    """Have the gateway of this node stop, and wait for it; return in one sentence what came of it.
+
+    `linger`: what it was told by LINGER_VARIABLE.
+    """
+    within = linger + grace + _BEYOND_S
     try:
-        async with asyncio.timeout(grace + _BEYOND_S):
+        async with asyncio.timeout(within):
             reader, writer = await asyncio.open_unix_connection(str(path))
             try:
                 writer.write(f"{grace}\n".encode())
@@ -81,7 +94,9 @@ async def ask_stop(path: Path, grace: float) -> str:
             finally:
                 writer.close()
     except TimeoutError:
-        return f"the gateway did not stop within {grace + _BEYOND_S:.0f} s"
+        return f"the gateway did not stop within {within:.0f} s"
+    except FileNotFoundError:
+        return "no gateway runs here, or not any more"
     except OSError as error:
-        return f"no gateway runs here: {error}"
+        return f"no gateway runs here, and the last one did not stop in order: {error}"
     return "the gateway has stopped" if done == _DONE else "the gateway ended while it stopped"

@@ -98,6 +98,30 @@ async def test_it_listens_registers_answers_and_leaves(place: Place) -> None:
         replica.probe()
 
 
+async def test_one_that_lingers_answers_and_says_that_it_leaves(place: Place) -> None:
+    await place.announce()
+    replica = place.replica()
+    record = await asyncio.to_thread(replica.start, 10)
+    stopping = asyncio.create_task(asyncio.to_thread(replica.stop, 2, linger=1.0))
+    await until(record.url, "/health", 503)
+    assert (await ask(record.url, "/v1/completions", COMPLETION))[0] == 200
+    replica.probe()
+    await stopping
+    with pytest.raises(ConnectionRefusedError):
+        await ask(record.url, "/health")
+
+
+async def test_who_asks_second_for_the_stop_waits_for_the_first(place: Place) -> None:
+    replica = place.replica()
+    record = await asyncio.to_thread(replica.start, 10)
+    first = asyncio.create_task(asyncio.to_thread(replica.stop, 2, linger=0.5))
+    await until(record.url, "/health", 503)
+    await asyncio.to_thread(replica.stop, 0)
+    with pytest.raises(ConnectionRefusedError):
+        await ask(record.url, "/health")
+    await first
+
+
 async def test_it_follows_the_store(place: Place) -> None:
     async with running(place.replica()) as record:
         await until(record.url, "/ready", 503)

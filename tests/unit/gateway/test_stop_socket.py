@@ -43,7 +43,19 @@ class Gateway:
 def gateway(tmp_path: Path) -> Iterator[Gateway]:
     made = Gateway(tmp_path / "stop")
     yield made
-    made.close()
+    if made.path.exists():
+        made.close()
+
+
+async def test_after_a_stop_in_order_nobody_is_there_to_ask(gateway: Gateway) -> None:
+    gateway.close()
+    assert await ask_stop(gateway.path, 1) == "no gateway runs here, or not any more"
+
+
+async def test_a_gateway_that_died_is_told_apart(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as dead:
+        dead.bind(str(tmp_path / "stop"))
+    assert "did not stop in order" in await ask_stop(tmp_path / "stop", 1)
 
 
 async def test_who_asks_waits_until_it_has_stopped(gateway: Gateway) -> None:

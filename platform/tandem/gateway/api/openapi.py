@@ -86,7 +86,9 @@ _POSTS: dict[str, _Post] = {
 _GETS: dict[str, _Get] = {
     "/v1/models": _Get("The models that are served", "Models", open=False),
     "/v1/models/{model}": _Get("One model", "Model", open=False, also=((404, "There is no such model.", "Error"),)),
-    "/health": _Get("Whether the process is there", "Health"),
+    "/health": _Get(
+        "Whether the process is there, for new requests", "Health", also=((503, "It leaves; ask another.", "Health"),)
+    ),
     "/ready": _Get(
         "Whether requests can be answered", "Ready", also=((503, "They cannot now; `reason` says why.", "Ready"),)
     ),

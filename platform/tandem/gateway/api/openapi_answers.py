@@ -109,7 +109,7 @@ ANSWERS: dict[str, Schema] = {
         id=_TEXT, object={"const": "model"}, created=_COUNT, owned_by=_TEXT, max_model_len={"type": "integer"}
     ),
     "Models": found(object={"const": "list"}, data=_list(ref("Model"))),
-    "Health": found(status={"const": "ok"}, replica=_TEXT, fleet=_TEXT),
+    "Health": found(status={"enum": ["ok", "leaving"]}, replica=_TEXT, fleet=_TEXT),
     "Ready": _with(found(status={"enum": ["ready", "not ready"]}), reason=_TEXT),
     "Fleet": found(name=_TEXT, groups=_list({"type": "object"}), gateway={"type": "object"}),
     "Error": found(error=found(message=_TEXT, type=_TEXT, param=_TEXT_OR_NULL, code=_TEXT_OR_NULL)),

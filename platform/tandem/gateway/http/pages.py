@@ -43,6 +43,8 @@ class Pages:
         heard: Callable[[], KvEventCounts] = KvEventCounts,
     ) -> None:
         """`heard`: what engines have told of their caches."""
+        self.leaving = False
+        """Whether load balancers should send requests to others from now on."""
         self._heard = heard
         self._replica = replica
         self._fleet_name = fleet_name
@@ -116,9 +118,12 @@ class Pages:
         return _json(self._model())
 
     def _health(self) -> Page:
-        return _json({"status": "ok", "replica": self._replica, "fleet": self._fleet_name})
+        told = {"status": "leaving" if self.leaving else "ok", "replica": self._replica, "fleet": self._fleet_name}
+        return _json(told, status=503 if self.leaving else 200)
 
     def _ready(self) -> Page:
+        if self.leaving:
+            return _json({"status": "not ready", "reason": "this gateway leaves"}, status=503)
         shortage = self._driver.router.shortage()
         if shortage is None:
             return _json({"status": "ready"})
