@@ -69,7 +69,9 @@ def join(
     name: Annotated[str, typer.Option(envvar="TANDEM_POD_NAME", help="What Ray calls it.")] = "",
     linger: Annotated[
         float,
-        typer.Option(envvar="TANDEM_LINGER_S", min=0, max=30, help="A gateway's seconds from SIGTERM until it refuses."),
+        typer.Option(
+            envvar="TANDEM_LINGER_S", min=0, max=30, help="A gateway's seconds from SIGTERM until it refuses."
+        ),
     ] = 3.0,
     drain: Annotated[
         float, typer.Option(envvar="TANDEM_DRAIN_S", min=0, help="A gateway's seconds for its requests after that.")
