@@ -35,6 +35,10 @@ class Cache:
             if namespace in (None, where) and wanted <= (obj["metadata"].get("labels") or {}).items()
         ]
 
+    def any(self, kind: Kind, namespace: str) -> bool:
+        """Whether there is an object of a kind in a namespace."""
+        return any(where == namespace for where, _ in self._objects.get(kind, {}))
+
     def put(self, kind: Kind, obj: Object) -> bool:
         """Note an object; return whether it is news."""
         meta = obj["metadata"]

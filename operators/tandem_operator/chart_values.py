@@ -56,6 +56,9 @@ class Operator(Section):
     gang_schedulers: tuple[Literal["volcano", "coscheduling"], ...] = Field(
         (), description="Those whose PodGroups it may write."
     )
+    ray_clusters: bool = Field(
+        False, description="It may hold Fleets with ray.address until they have left that Ray cluster (patch fleets)."
+    )
     service_account: ServiceAccount = Field(default_factory=ServiceAccount)
     resources: Resources = Field(default_factory=Resources, description="Of its container.")
     run_as_user: int = Field(65532, ge=1, description="Never root.")

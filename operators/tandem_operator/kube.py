@@ -18,6 +18,8 @@ from kubernetes.aio import config as kubernetes_config
 from tandem_operator.names import MANAGER, Key, Kind, Object, watched_label
 
 _DEADLINE_S = 15.0
+_PAGE = 500
+"""Objects in an answer to a listing."""
 _SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount/token"
 
 
@@ -83,11 +85,28 @@ class Kube:
         return next(iter(found["items"] or ()), None)
 
     async def list(self, kind: Kind, namespace: str | None) -> Object:
-        """All objects of a kind that are looked at (`watched_label`); None = of all namespaces."""
-        where = kind.path + (f"/namespaces/{quote(namespace)}" if namespace else "")
+        """All objects of a kind that are looked at (`watched_label`); None = of all namespaces.
+
+        It comes in pages, all of the same moment. The server may forget that moment meanwhile (410): then it is asked
+        for the whole at once.
+        """
+        where = kind.path + (f"/namespaces/{quote(namespace)}" if namespace else "") + f"/{kind.plural}"
         label = watched_label(kind)
-        selector = {"labelSelector": label} if label else {}
-        return await self._call("GET", f"{where}/{kind.plural}", query=selector)
+        query = {"labelSelector": label} if label else {}
+        items: list[Object] = []
+        page = {"limit": str(_PAGE)}
+        while True:
+            try:
+                found = await self._call("GET", where, query=query | page)
+            except KubeError as error:
+                if error.status != 410 or not page:
+                    raise
+                items, page = [], {}
+                continue
+            items += found["items"] or ()
+            if not (rest := found["metadata"].get("continue")):
+                return {**found, "items": items}
+            page = {"limit": str(_PAGE), "continue": rest}
 
     async def apply(self, key: Key, obj: Object) -> Object:
         """Server-side apply as the operator's field manager, with force: what it says holds."""

@@ -1,4 +1,4 @@
-"""Leader election by a Lease: of several replicas one acts.
+"""Leader election by a Lease: of several replicas one acts; and of several releases in a namespace (`claims.py`).
 
 Not the official client's `leaderelection`: its calls have no deadline, so that a leader whose connection hangs would
 act on after its time, and an error of the network ends its loop.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from tandem_operator.kube import Kube, KubeError
 from tandem_operator.names import LEASE, Key, Object
@@ -17,6 +17,16 @@ from tandem_operator.names import LEASE, Key, Object
 _log = logging.getLogger(__name__)
 
 _FORMAT = "%Y-%m-%dT%H:%M:%S.%fZ"
+_LOOK_S = 2.0
+"""Who waits looks so often, if it does not wait for a shorter lease."""
+_ENDING = "because it is being terminated"
+"""How the server says that a namespace takes nothing new."""
+
+Waits = Callable[[str], Awaitable[None]]
+
+
+def _always() -> bool:
+    return True
 
 
 class LeaderLease:
@@ -37,22 +47,37 @@ class LeaderLease:
         self._key = key
         self._identity = identity
         self._duration, self._renew_within, self._every = duration, duration * 2 / 3, duration / 7.5
+        self._looks = min(self._every, _LOOK_S)
         self._seen: tuple[str, str] | None = None
         """Holder and time of renewal that were last read, and when, on our own clock: those of others may be wrong."""
         self._seen_at = 0.0
         self._clock = clock or asyncio.get_running_loop().time
+        self.ending = False
+        """Whether the server makes no Lease there any more, since the namespace is being deleted."""
 
-    async def acquire(self) -> None:
-        """Return when this replica is the leader."""
-        while not await self.try_once():  # noqa: ASYNC110 - a Lease is looked at, it gives no event
-            await asyncio.sleep(self._every)
-        _log.info("This replica (%s) leads now.", self._identity)
+    @property
+    def holder(self) -> str:
+        """Who had it when it was last read; empty = nobody, or it was not read yet."""
+        return self._seen[0] if self._seen is not None else ""
 
-    async def hold(self) -> None:
-        """Renew; return when the lease is lost."""
+    async def acquire(self, needed: Callable[[], bool] = _always, waits: Waits | None = None) -> bool:
+        """Return True when it is had, False when it is not `needed` any more. `waits` is told, at each look, who has it
+        meanwhile."""
+        while needed():
+            if await self.try_once():
+                return True
+            if waits is not None and self.holder not in ("", self._identity):
+                await waits(self.holder)
+            await asyncio.sleep(self._looks)
+        return False
+
+    async def hold(self, needed: Callable[[], bool] = _always) -> None:
+        """Renew; return when the lease is lost, or not `needed` any more."""
         renewed = self._clock()
         while True:
             await asyncio.sleep(self._every)
+            if not needed():
+                return
             asked = self._clock()
             try:
                 async with asyncio.timeout(renewed + self._renew_within - asked):
@@ -60,13 +85,14 @@ class LeaderLease:
                         renewed = asked  # others count from the writing, which is no earlier
                         continue
             except TimeoutError:
-                _log.error("The lease was not renewed within %g s: the API server did not answer.", self._renew_within)
+                why = "the API server did not answer"
+                _log.error("%s was not renewed within %g s: %s.", self._key, self._renew_within, why)
                 return
             if self._clock() - renewed >= self._renew_within:
-                _log.error("The lease could not be renewed within %g s.", self._renew_within)
+                _log.error("%s could not be renewed within %g s.", self._key, self._renew_within)
                 return
-            if self._seen is not None and self._seen[0] != self._identity:
-                _log.error("The lease is held by %s now.", self._seen[0])
+            if self.holder not in ("", self._identity):
+                _log.error("%s is held by %s now.", self._key, self.holder)
                 return
 
     async def release(self) -> None:
@@ -77,7 +103,7 @@ class LeaderLease:
                 spec = {**lease["spec"], "holderIdentity": "", "renewTime": _now(), "leaseDurationSeconds": 1}
                 await self._kube.replace(self._key, {**lease, "spec": spec})
         except KubeError as error:
-            _log.warning("The lease was not released, others wait until it runs out: %s", error)
+            _log.warning("%s was not released, others wait until it runs out: %s", self._key, error)
 
     async def try_once(self) -> bool:
         """Take or renew the lease if that is allowed; whether this replica has it now."""
@@ -99,8 +125,9 @@ class LeaderLease:
             self._seen_at = self._clock()
             return True
         except KubeError as error:
-            if error.status != 409:  # somebody was faster; the next look tells who
-                _log.warning("The lease cannot be read or written: %s", error)
+            self.ending = error.status == 403 and _ENDING in error.said
+            if error.status != 409 and not self.ending:  # 409: somebody was faster; the next look tells who
+                _log.warning("%s cannot be read or written: %s", self._key, error)
             return False
 
     def _spec(self, before: Object | None) -> Object:

@@ -63,6 +63,10 @@ def run(
     lease_s: Annotated[
         float, typer.Option("--lease-seconds", min=3, help="Another replica leads after the leader was silent so long.")
     ] = 15.0,
+    resync_s: Annotated[
+        float,
+        typer.Option("--resync-seconds", min=1, help="All is listed anew so often: a watch may have missed some."),
+    ] = 30.0,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
     """Run the operator until it is told to stop. Exits with 1 when it cannot go on, or does not lead any more."""
@@ -82,6 +86,7 @@ def run(
                 lease_namespace=lease_namespace or _own_namespace(),
                 identity=identity,
                 lease_s=lease_s,
+                resync_s=resync_s,
             )
         )
     except (LeadershipLost, KubeError, OSError) as error:

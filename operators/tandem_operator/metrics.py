@@ -5,6 +5,7 @@ from __future__ import annotations
 from prometheus_client import Counter, Gauge, Histogram
 
 LEADER = Gauge("tandem_operator_leader", "Whether this replica is the one that acts.")
+CLAIMED = Gauge("tandem_operator_namespace_claimed", "1: this release acts there; 0: another one does.", ("namespace",))
 RECONCILES = Counter("tandem_operator_reconciles", "Looks at an object.", ("kind", "result"))
 SECONDS = Histogram("tandem_operator_reconcile_seconds", "Duration of a look at an object.", ("kind",))
 WRITES = Counter("tandem_operator_writes", "Changes of objects.", ("kind",))

@@ -11,6 +11,8 @@ MANAGER = "tandem-operator"
 """Field manager of everything that the operator applies, and `app.kubernetes.io/managed-by`."""
 MANAGED_BY = "app.kubernetes.io/managed-by"
 DRAIN_FINALIZER = f"{GROUP}/drain"
+RAY_FINALIZER = f"{GROUP}/leave-ray"
+"""On a Fleet that has its groups in another's Ray cluster."""
 FLEET_LABEL, COMPONENT_LABEL = f"{GROUP}/fleet", f"{GROUP}/component"
 ROLE_LABEL, POOL_LABEL, GROUP_LABEL = f"{GROUP}/role", f"{GROUP}/pool", f"{GROUP}/group"
 FLEET_GROUPS = f"{GROUP}/fleet-groups"
@@ -19,6 +21,9 @@ GANG_SIZE = f"{GROUP}/gang-size"
 """Annotation of a group's pods: how many of them have to run at once."""
 FORCE_DRAIN = f"{GROUP}/force-drain"
 """Annotation that a person sets to "true" on a group that is being deleted: it leaves though it is the last one."""
+
+CLAIM = "tandem-fleets"
+"""Name of the Lease, in each namespace with a Fleet, that says which release's operator acts there."""
 
 GCS_PORT, CONTROL_PORT, READY_PORT, REDIS_PORT = 6380, 9000, 8090, 6379
 

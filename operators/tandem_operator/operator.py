@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import signal
 import time
 from collections.abc import Awaitable, Callable, Collection
+from dataclasses import dataclass
 
 import kopf
 
 from tandem_operator.apply import Applier
 from tandem_operator.cache import Cache
+from tandem_operator.claims import Claims
 from tandem_operator.control import Links
 from tandem_operator.events import Recorder
 from tandem_operator.health import Health, serve_health
@@ -31,7 +34,8 @@ from tandem_operator.workqueue import WorkQueue
 _log = logging.getLogger(__name__)
 
 WORKERS = 8
-RESYNC_S = 30.0
+CLAIM_TIMES = 4
+"""A claim stands so many times longer than the lease: another replica of the release should keep it."""
 _ONE_LOOK_S = 120.0
 """A look at an object that takes longer is given up and begun again."""
 _RETRY_S = 2.0
@@ -45,7 +49,14 @@ class LeadershipLost(Exception):
 
 
 async def run(
-    *, namespaces: Collection[str], port: int, lease: str, lease_namespace: str, identity: str, lease_s: float
+    *,
+    namespaces: Collection[str],
+    port: int,
+    lease: str,
+    lease_namespace: str,
+    identity: str,
+    lease_s: float,
+    resync_s: float,
 ) -> None:
     """Run until told to stop (SIGTERM). Raises LeadershipLost, and KubeError if there are no credentials."""
     stop = asyncio.Event()
@@ -61,10 +72,14 @@ async def run(
         health.ready = True  # as a standby it does what it should
         if not await _unless(stop, election.acquire()):
             return
+        _log.info("This replica (%s) leads now.", identity)
         LEADER.set(1)
         stack.callback(LEADER.set, 0)
         try:
-            await _lead(kube, election, health, namespaces, identity, stop)
+            work = Work(
+                kube, health, namespaces, identity, f"{lease_namespace}/{lease}", CLAIM_TIMES * lease_s, resync_s
+            )
+            await _lead(election, work, stop)
         except LeadershipLost:
             raise
         except BaseException:
@@ -73,28 +88,44 @@ async def run(
         await election.release()
 
 
-async def _lead(
-    kube: Kube, election: LeaderLease, health: Health, namespaces: Collection[str], identity: str, stop: asyncio.Event
-) -> None:
+@dataclass(frozen=True)
+class Work:
+    """What the leader's work is done with."""
+
+    kube: Kube
+    health: Health
+    namespaces: Collection[str]
+    identity: str
+    release: str
+    """Under which name it claims namespaces."""
+    claim_s: float
+    """How long a claim stands without renewal."""
+    resync_s: float
+
+
+async def _lead(election: LeaderLease, work: Work, stop: asyncio.Event) -> None:
+    unclaimed = asyncio.Event()
     held = asyncio.create_task(election.hold(), name="tandem-lease")
-    work = asyncio.create_task(_work(kube, health, namespaces, identity, stop), name="tandem-operator")
+    done = asyncio.create_task(_work(work, stop, unclaimed), name="tandem-operator")
     stopped = asyncio.create_task(stop.wait(), name="tandem-stop")
-    tasks = (held, work, stopped)
+    taken = asyncio.create_task(unclaimed.wait(), name="tandem-unclaimed")
+    tasks = (held, done, stopped, taken)
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        lost = held.done()
+        lost = "The lease" if held.done() else "The claim on a namespace" if taken.done() else ""
     finally:
         for task in tasks:
             task.cancel()
         results = await asyncio.gather(*tasks, return_exceptions=True)
     if lost:
-        raise LeadershipLost("The lease was lost; this replica stops, and begins again as a standby.")
+        raise LeadershipLost(f"{lost} was lost; this replica stops, and begins again as a standby.")
     if isinstance(results[1], Exception):
         raise results[1]
 
 
-async def _work(kube: Kube, health: Health, namespaces: Collection[str], identity: str, stop: asyncio.Event) -> None:
-    """Do what an operator does, until cancelled."""
+async def _work(work: Work, stop: asyncio.Event, unclaimed: asyncio.Event) -> None:
+    """Do what an operator does, until cancelled. Sets `unclaimed` when it must not go on in some namespace."""
+    kube = work.kube
     budget = await _once_served(kube)
     cache, queue = Cache(), WorkQueue[Key]()
     feed: Feed | None = None
@@ -103,10 +134,19 @@ async def _work(kube: Kube, health: Health, namespaces: Collection[str], identit
         assert feed is not None, "links are opened by reconcilers, which begin later"
         feed.fleet_changed(namespace, fleet)
 
-    links = Links(news)
-    ctx = Context(kube, cache, Applier(kube, cache, watched(budget)), queue, links, Recorder(kube, identity), budget)
-    feed = Feed(ctx, namespaces)
+    links, recorder = Links(news), Recorder(kube, work.identity)
+    ctx = Context(kube, cache, Applier(kube, cache, watched(budget)), queue, links, recorder, budget)
+    feed = Feed(ctx, work.namespaces)
     planner = Planner(ctx)
+    claims = Claims(
+        kube,
+        work.release,
+        duration=work.claim_s,
+        needed=lambda namespace: any(cache.any(kind, namespace) for kind in OWN),
+        gained=feed.look_again,
+        waits=functools.partial(_tell_who_acts, ctx),
+        lost=unclaimed,
+    )
     try:
         # A cache that has not everything would have children made twice, or groups drained that are wanted.
         while True:
@@ -116,16 +156,25 @@ async def _work(kube: Kube, health: Health, namespaces: Collection[str], identit
             except KubeError as error:
                 _log.warning("The first listing failed, it is tried again: %s", error)
                 await asyncio.sleep(_RETRY_S)
-        health.beat = lambda: kube.reached_at
+        work.health.beat = lambda: kube.reached_at
         async with asyncio.TaskGroup() as tasks:
             for number in range(WORKERS):
-                tasks.create_task(_worker(ctx, planner), name=f"tandem-worker-{number}")
-            tasks.create_task(feed.relist_forever(RESYNC_S), name="tandem-relist")
-            tasks.create_task(_watch(feed, namespaces, stop), name="tandem-watch")
+                tasks.create_task(_worker(ctx, claims, planner), name=f"tandem-worker-{number}")
+            tasks.create_task(feed.relist_forever(work.resync_s), name="tandem-relist")
+            tasks.create_task(_watch(feed, work.namespaces, stop), name="tandem-watch")
     finally:
         queue.close()
         await planner.close()
+        await ctx.checks.close()
         await links.close_all()
+        await claims.close()
+
+
+async def _tell_who_acts(ctx: Context, namespace: str, holder: str) -> None:
+    """Tell the Fleets of a namespace that two operators look at it."""
+    for fleet in ctx.cache.all(FLEET, namespace):
+        message = f"The operator of {holder} acts here; that of another release looks at this namespace too, and waits."
+        await ctx.recorder.tell(FLEET, fleet, "AnotherOperator", message, type_="Warning")
 
 
 async def _watch(feed: Feed, namespaces: Collection[str], stop: asyncio.Event) -> None:
@@ -140,10 +189,13 @@ async def _watch(feed: Feed, namespaces: Collection[str], stop: asyncio.Event) -
     stop.set()
 
 
-async def _worker(ctx: Context, planner: Planner) -> None:
+async def _worker(ctx: Context, claims: Claims, planner: Planner) -> None:
     while True:
         key = await ctx.queue.get()
         WAITING.set(len(ctx.queue))
+        if not claims.may_act(key.namespace):
+            ctx.queue.done(key)  # it is asked for again when the namespace is ours
+            continue
         began = time.perf_counter()
         try:
             async with asyncio.timeout(_ONE_LOOK_S):
@@ -180,7 +232,7 @@ async def _once_served(kube: Kube) -> Kind | None:
         await asyncio.sleep(_RETRY_S)
 
 
-async def _unless(stop: asyncio.Event, wanted: Awaitable[None]) -> bool:
+async def _unless(stop: asyncio.Event, wanted: Awaitable[object]) -> bool:
     """Wait for `wanted`; False = told to stop first."""
     task, stopped = asyncio.ensure_future(wanted), asyncio.ensure_future(stop.wait())
     try:

@@ -6,6 +6,7 @@ kopf only watches here: there are no handlers of changes, so it writes neither f
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -40,6 +41,13 @@ _log = logging.getLogger(__name__)
 _INACTIVE_S = 60.0
 
 
+class _Retries:
+    """Seconds between tries of a watch: without an end, or kopf would give up the watch of a kind in silence."""
+
+    def __iter__(self) -> Iterator[float]:
+        return itertools.chain((1, 1, 2, 3), itertools.repeat(5))
+
+
 def watched(budget: Kind | None) -> tuple[Kind, ...]:
     """The kinds that the operator looks at."""
     return (*OWN, STATEFUL_SET, SERVICE, CONFIG_MAP, POD, *((budget,) if budget else ()))
@@ -63,8 +71,12 @@ class Feed:
                     listing = {**listing, "items": [slim(pod) for pod in listing["items"] or ()]}
                 for obj in self._ctx.cache.relist(kind, namespace, listing):
                     self._ask(kind, obj)
+        self.look_again()
+
+    def look_again(self, namespace: str | None = None) -> None:
+        """Ask for a look at all that is the operator's own; None = in all namespaces."""
         for kind in OWN:
-            for obj in self._ctx.cache.all(kind):
+            for obj in self._ctx.cache.all(kind, namespace):
                 self._ask(kind, obj)
 
     async def relist_forever(self, every: float) -> None:
@@ -120,6 +132,7 @@ class Feed:
         settings.watching.server_timeout = 240
         settings.watching.connect_timeout = 10
         settings.networking.request_timeout = 30
+        settings.networking.error_backoffs = _Retries()
         for kind in self.kinds:
             if label := watched_label(kind):
                 settings.watching.label_selectors[kind.group, kind.version, kind.plural] = label

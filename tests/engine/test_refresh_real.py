@@ -14,6 +14,7 @@ from support.fleet import Fleet
 from support.oracle import Oracle
 from support.streams import Streams
 from tandem.cli.running import with_control
+from tandem.core.group_check import CheckVerdict, GroupCheck
 from tandem.core.refresh import OVER, Refresh, RefreshPhase
 from tandem.fleet.control_client import ControlClient
 from tandem.fleet.refresh_ask import RefreshAsk
@@ -79,6 +80,19 @@ def test_streams_go_on_while_every_group_takes_other_weights_and_each_is_of_one_
     assert lives(four_groups) == {name: ("ready", epoch, "2") for name, (_, epoch, _) in before.items()}
     assert refresh(four_groups, tiny, "1").phase is RefreshPhase.DONE
     assert four_groups.complete(PROMPTS[0], TOKENS) == old[0]
+
+
+def test_every_group_answers_the_known_prompt_as_the_others_do_and_a_cordoned_one_too(four_groups: Fleet) -> None:
+    async def ask(control: ControlClient) -> list[GroupCheck]:
+        await control.cordon("decode-1")
+        try:
+            return [await control.check(group) for group in sorted(lives(four_groups))]
+        finally:
+            await control.cordon("decode-1", False)
+
+    checks = asyncio.run(with_control(four_groups.config.name, ask))
+    assert [(one.verdict, one.message) for one in checks] == [(CheckVerdict.OK, "")] * 4
+    assert {one.partner for one in checks} == {"prefill-0", "decode-0"}
 
 
 def test_bad_weights_cost_one_group_a_restart_and_the_fleet_serves_the_old_ones_throughout(

@@ -66,11 +66,11 @@ class World:
         self.running.append(process)
         return process
 
-    def head(self, number: int, config: Path) -> subprocess.Popen[bytes]:
+    def head(self, number: int, config: Path, **env: str) -> subprocess.Popen[bytes]:
         """The head, with the scripted engine."""
         run, data = self.folder / "run", self.folder / "data"
         script = (sys.executable, str(HERE / "script_head.py"), str(config), address(number), str(data), str(run))
-        return self.start(number, *script, log="head.log")
+        return self.start(number, *script, log="head.log", **env)
 
     def join(self, number: int, *what: str, **env: str) -> subprocess.Popen[bytes]:
         """A node for a group or a gateway."""

@@ -254,7 +254,7 @@ async def test_a_removed_group_leaves_nothing_and_its_name_goes_on_with_the_next
 async def test_a_group_without_nodes_says_what_it_waits_for(control: ControlClient, store: Store) -> None:
     await control.put_group(GroupSpec(group="wide", role=Role.DECODE, nodes=5))
     waiting = await until(store, "wide", lambda it: bool(it.reason))
-    assert "waits for 5 nodes with 1 tandem-rank free on each; of the cluster's 4 nodes, 4 have that" in waiting.reason
+    assert "waits for nodes: 5 with 1 tandem-rank free on each; of the cluster's 4 nodes, 4 have that" in waiting.reason
     await control.remove("wide")
     await until_forgotten(store, "wide")
 

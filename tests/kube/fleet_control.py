@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 from msgspec.structs import replace
 
+from tandem.core.group_check import CheckVerdict, GroupCheck
 from tandem.core.refresh import Refresh
 from tandem.core.traffic import TrafficReport
 from tandem.core.types import DpLoad, FleetSnapshot, Group, GroupSpec, GroupState, Rank, RankState
@@ -25,6 +26,10 @@ class FleetControl:
         self.calls: list[tuple[str, str]] = []
         self.holds = False
         """Whether groups that drain stay until `let_go`."""
+        self.answers: dict[str, list[GroupCheck]] = {}
+        """What groups answer when they are checked, one after the other, the last one for ever; others answer well."""
+        self.routed: set[str] = set()
+        """Groups that were ready at any time."""
         self.refuses = ""
         """Why no group may drain; empty = it may."""
         self.desired: dict[str, GroupSpec] = {}
@@ -70,6 +75,10 @@ class FleetControl:
             await self._note()
 
         self._run(note())
+
+    def put(self, spec: GroupSpec) -> None:
+        """Somebody else puts a group."""
+        self._run(self.put_group(spec))
 
     def _run(self, work: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(20)
@@ -119,6 +128,12 @@ class FleetControl:
                 ranks=tuple(Rank(rank=rank, state=RankState.READY) for rank in range(spec.nodes)),
             ),
         )
+        group = self.groups[spec.group]
+        state = GroupState.CORDONED if spec.cordoned else GroupState.READY
+        if group.state in (GroupState.READY, GroupState.CORDONED) and group.state is not state:
+            self.groups[spec.group] = replace(group, state=state, since=time.time())
+        if self.groups[spec.group].routable:
+            self.routed.add(spec.group)
         await self._note()
         return spec
 
@@ -152,6 +167,14 @@ class FleetControl:
 
     async def traffic(self) -> Sequence[TrafficReport]:
         return ()
+
+    async def check(self, group: str) -> GroupCheck:
+        if group not in self.groups:
+            raise UnknownGroup(group)
+        self.calls.append(("check", group))
+        left = self.answers.get(group) or [GroupCheck(verdict=CheckVerdict.OK)]
+        answer = left.pop(0) if len(left) > 1 else left[0]
+        return replace(answer, epoch=self.groups[group].epoch)
 
     async def refresh(self, ask: RefreshAsk) -> Refresh:
         raise NoRefresh()

@@ -20,7 +20,7 @@ import pytest
 from kube.audit import Right, granted, requests
 from kube.cluster import Cluster
 from kube.live_fleet import MISSING_IMAGE, NAME, NEXT_IMAGE, OPERATOR_ACCOUNT, LiveFleet, install, uninstall, values
-from support.helm import template
+from support.helm import helm, template
 from tandem.core.types import GroupSpec, Role
 from tandem.fleet.control_client import ControlClient
 
@@ -72,6 +72,11 @@ def test_a_fleet_that_helm_installed_answers_exactly_through_its_service(fleet: 
 def test_kubectl_tells_the_fleets_story(fleet: LiveFleet) -> None:
     told = fleet.kubectl("get", "fleets,epp,epg")
     assert all(word in told for word in (NAME, f"{NAME}-prefill", f"{NAME}-decode-0", "Ready"))
+
+
+def test_helm_test_gets_an_answer_through_the_service(fleet: LiveFleet) -> None:
+    said = helm("test", "tandem", "--namespace", fleet.namespace, kubeconfig=fleet.cluster.kubeconfig)
+    assert re.search(r"Phase:\s+Succeeded", said), said
 
 
 def scaled(fleet: LiveFleet, decode: int) -> None:
@@ -246,21 +251,49 @@ def test_the_node_of_the_last_decode_group_cannot_be_drained(fleet: LiveFleet) -
 
 def test_a_rolling_change_of_both_pools_loses_no_request(fleet: LiveFleet) -> None:
     scaled(fleet, decode=1)
-    # The gateway has the engine's image where it has none of its own, so the only one is replaced as well: clients are
-    # refused for that while, and ask again.
-    with fleet.traffic(gateway_replaced=True) as traffic:
+    # Gateways have the engines' image where they have none of their own, so they are replaced as well, one at a time.
+    with fleet.traffic() as traffic:
         fleet.upgrade(images={"engine": {"name": NEXT_IMAGE}})
         fleet.cluster.wait(lambda: images(fleet) == {NEXT_IMAGE}, 240, "both pools have the new image")
-        fleet.cluster.wait(lambda: gateway_has(fleet, NEXT_IMAGE), 240, "the gateway has the new image")
+        fleet.cluster.wait(lambda: gateways_have(fleet, NEXT_IMAGE), 240, "the gateways have the new image")
         traffic.progress(50)
         settled(fleet)
 
 
-def gateway_has(fleet: LiveFleet, image: str) -> bool:
-    """Whether the gateway's pod has that image, and is ready."""
-    pod = fleet.cluster.pod(f"{NAME}-gateway-0", fleet.namespace)
-    found = pod is not None and pod["spec"]["containers"][0]["image"] == image
-    return found and fleet.cluster.ready(f"{NAME}-gateway-0", fleet.namespace)
+OTHERWISE = ("--json-model-override-args", '{"routed_scaling_factor": 5.0}')
+"""An engine with these is ready like any other, and answers otherwise."""
+
+
+def test_a_canary_that_answers_otherwise_is_taken_back_and_no_client_is_sent_to_it(fleet: LiveFleet) -> None:
+    scaled(fleet, decode=1)
+    before, legs = set(fleet.groups("decode")), fleet.legs()
+    now = fleet.get("fleets", NAME)["spec"]["images"]["engine"]
+
+    def failed() -> bool:
+        pool = fleet.get("expertparallelpools", f"{NAME}-decode")
+        return any(one["reason"] == "RevisionFailed" for one in pool.get("status", {}).get("conditions", []))
+
+    with fleet.traffic() as traffic:
+        fleet.upgrade(images={"engine": now}, decode={"args": OTHERWISE})
+        fleet.cluster.wait(lambda: set(fleet.groups("decode")) > before, 90, "a canary")
+        (canary,) = set(fleet.groups("decode")) - before
+        fleet.cluster.wait(failed, 150, "the change was taken back")
+        traffic.progress(50)
+        settled(fleet)
+    assert set(fleet.groups("decode")) == before
+    assert "failed the known prompt: it does not answer as" in described(fleet)
+    more = fleet.legs() - legs
+    assert set(more) >= {name.removeprefix(f"{NAME}-") for name in before}
+    assert canary.removeprefix(f"{NAME}-") not in more
+    fleet.upgrade(images={"engine": now})
+    settled(fleet)
+
+
+def gateways_have(fleet: LiveFleet, image: str) -> bool:
+    """Whether all gateways' pods have that image, and are ready."""
+    pods = fleet.gateways()
+    found = [pod["metadata"]["name"] for pod in pods if pod["spec"]["containers"][0]["image"] == image]
+    return len(found) == 2 and all(fleet.cluster.ready(name, fleet.namespace) for name in found)
 
 
 def images(fleet: LiveFleet) -> set[str]:

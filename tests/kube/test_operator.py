@@ -2,158 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import signal
-import socket
-import subprocess
-import sys
-import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from kube.cluster import Cluster
 from kube.fleet_control import FleetControl
+from kube.operator_world import IMAGE, World, serve_kinds
 
 pytestmark = pytest.mark.timeout(900)
-
-CRDS = Path(__file__).parents[2] / "helm" / "tandem" / "crds"
-IMAGE = "registry.invalid/tandem:none"
-KINDS = "fleets,epp,epg,statefulsets,services,configmaps,poddisruptionbudgets"
-SOON = 240.0
-"""Seconds; the machine may be busy."""
 
 
 @pytest.fixture(scope="module")
 def crds(cluster: Cluster) -> None:
-    """Our resources are served, and their objects are garbage-collected."""
-    cluster.kubelet.missing_images.add(IMAGE)
-    cluster.kubectl("apply", "-f", str(CRDS))
-    cluster.kubectl("wait", "--for=condition=Established", "--timeout=60s", "crd", "--all")
-    cluster.control_plane.restart_controller_manager()
-
-
-@dataclass
-class Operator:
-    """One replica, as a process."""
-
-    process: subprocess.Popen[bytes]
-    log: Path
-    port: int
-
-    def counted(self, name: str, **labels: str) -> float:
-        """The sum of a metric over all others of its labels; 0 while it is not there."""
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=5) as answer:
-                text = answer.read().decode()
-        except OSError:
-            return 0.0
-        wanted = [f'{label}="{value}"' for label, value in labels.items()]
-        lines = [line for line in text.splitlines() if line.partition("{")[0].partition(" ")[0] == name]
-        return sum(float(line.rpartition(" ")[2]) for line in lines if all(part in line for part in wanted))
-
-    def is_ready(self) -> bool:
-        """Whether its readiness probe passes."""
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/readyz", timeout=5) as answer:
-                return bool(answer.status == 200)
-        except OSError:
-            return False
-
-    def looks(self, kind: str) -> float:
-        """How often it has looked at objects of that kind, with success."""
-        return self.counted("tandem_operator_reconciles_total", kind=kind, result="done")
-
-    def kill(self, number: int = signal.SIGKILL) -> None:
-        self.process.send_signal(number)
-        self.process.wait(60)
-
-
-@dataclass
-class World:
-    """A namespace with a Fleet, a control service, and operators."""
-
-    cluster: Cluster
-    namespace: str
-    folder: Path
-    control: FleetControl
-    operators: list[Operator] = field(default_factory=list)
-
-    def operator(self) -> Operator:
-        """Start one more."""
-        with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as probe:
-            port = probe.getsockname()[1]
-        log = self.folder / f"operator-{len(self.operators)}.log"
-        command = [sys.executable, "-m", "tandem_operator.main", "run", "--namespace", self.namespace]
-        command += ["--port", str(port), "--lease-namespace", self.namespace, "--lease-seconds", "20"]
-        env = {**os.environ, "KUBECONFIG": str(self.cluster.kubeconfig)}
-        env["TANDEM_OPERATOR_CONTROL"] = f"127.0.0.1:{self.control.port}"
-        with log.open("wb") as out:
-            process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)
-        self.operators.append(Operator(process, log, port))
-        return self.operators[-1]
-
-    def fleet(self, name: str = "f", **spec: Any) -> None:
-        """Apply a Fleet."""
-        pool = {"nodes": 2, "gpusPerNode": 1, "rollout": {"canarySeconds": 0}}
-        image = {"name": IMAGE}
-        body = {
-            "apiVersion": "tandem.dev/v1alpha1",
-            "kind": "Fleet",
-            "metadata": {"name": name},
-            "spec": {"device": "cpu", "images": {"engine": image, "redis": image}, "prefill": pool, "decode": pool},
-        }
-        body["spec"].update(spec)  # type: ignore[attr-defined]
-        self.cluster.apply(body, namespace=self.namespace)
-
-    def all(self) -> dict[str, dict[str, Any]]:
-        """Every object that is the fleet's, by kind/name."""
-        found = json.loads(self.cluster.kubectl("get", KINDS, "-n", self.namespace, "-o", "json"))["items"]
-        ours = [
-            one for one in found if "tandem.dev/fleet" in one["metadata"].get("labels", {}) or one["kind"] == "Fleet"
-        ]
-        return {f"{one['kind']}/{one['metadata']['name']}": one for one in ours}
-
-    def one(self, name: str) -> dict[str, Any] | None:
-        return self.all().get(name)
-
-    def condition(self, name: str, kind: str) -> dict[str, Any]:
-        status = (self.one(name) or {}).get("status") or {}
-        return next((entry for entry in status.get("conditions", ()) if entry["type"] == kind), {"status": "?"})
-
-    def calm(self) -> bool:
-        """Whether both groups of a new fleet have told of all their pods that they find no image, the last news."""
-        groups = ("ExpertParallelGroup/f-prefill-0", "ExpertParallelGroup/f-decode-0")
-        told = [self.condition(group, "PodsReady").get("message", "") for group in groups]
-        assert all(message.count("ErrImagePull") == 2 for message in told), f"they say {told}"
-        return True
-
-    def ready(self, summary: str = "1/1 1/1") -> None:
-        """Wait until that many groups are ready, and all is told."""
-
-        def told() -> bool:
-            found = self.all()
-            groups = [one for name, one in found.items() if name.startswith("ExpertParallelGroup/")]
-            fleet = found.get("Fleet/f", {}).get("status") or {}
-            waiting = [one["metadata"]["name"] for one in groups if (one.get("status") or {}).get("phase") != "Ready"]
-            assert not waiting, f"{waiting} are not ready"
-            assert fleet.get("summary") == summary, f"the fleet has {fleet.get('summary')}"
-            pools = [one.get("status") or {} for name, one in found.items() if name.startswith("ExpertParallelPool/")]
-            assert all(pool.get("ready") == pool.get("replicas") for pool in pools), "pools do not know"
-            return True
-
-        self.wait(told)
-
-    def wait(self, true: Any, what: str = "") -> Any:
-        return self.cluster.wait(true, SOON, what)
-
-    def write_report(self) -> str:
-        return "\n".join(operator.log.read_text(errors="replace")[-4000:] for operator in self.operators)
+    """Our resources are served."""
+    serve_kinds(cluster)
 
 
 @pytest.fixture
@@ -162,16 +27,7 @@ def world(cluster: Cluster, crds: None, namespace: str, tmp_path: Path) -> Itera
     try:
         yield made
     finally:
-        for operator in made.operators:
-            if operator.process.poll() is None:
-                operator.kill()
-        print(made.write_report())  # in the report of a test that fails
-        # Whatever a failed test left waits for a drain that nobody does any more.
-        for group in json.loads(cluster.kubectl("get", "epg", "-n", namespace, "-o", "json"))["items"]:
-            name = group["metadata"]["name"]
-            patch = '{"metadata":{"finalizers":null}}'
-            cluster.kubectl("patch", "epg", name, "-n", namespace, "--type=merge", "-p", patch, check=False)
-        made.control.close()
+        made.close()
 
 
 def test_a_fleet_comes_up_with_everything_that_it_needs(world: World) -> None:
@@ -249,6 +105,35 @@ def test_kubectl_scale_adds_a_group_and_drains_one(world: World) -> None:
     world.wait(lambda: len([name for name in world.all() if name.startswith("StatefulSet/f-decode-")]) == 1)
     events = world.cluster.events("f-decode", world.namespace)
     assert any("drains and goes: 1 group is wanted" in event for event in events)
+
+
+def test_a_pool_that_is_deleted_comes_back_and_its_groups_drain(world: World) -> None:
+    world.fleet()
+    world.operator()
+    world.ready()
+    before = world.all()["ExpertParallelPool/f-decode"]["metadata"]["uid"]
+    world.control.holds = True
+    world.kubectl("delete", "epp", "f-decode", "--wait=false")
+    world.wait(lambda: world.control.asked("drain") == ["decode-0"])
+    world.wait(lambda: world.one("ExpertParallelGroup/f-decode-1"), "another group in its place")
+    held = world.all()
+    assert held["ExpertParallelPool/f-decode"]["metadata"]["uid"] != before
+    assert {"ExpertParallelGroup/f-decode-0", "StatefulSet/f-decode-0"} <= held.keys()
+    world.control.let_go("decode-0")
+    world.wait(lambda: "ExpertParallelGroup/f-decode-0" not in world.all())
+    world.ready()
+
+    def nothing_is_orphaned() -> bool:
+        now = world.all()
+        uids = {one["metadata"]["uid"] for one in now.values()}
+        owners = {name: one["metadata"]["ownerReferences"] for name, one in now.items() if name != "Fleet/f"}
+        orphans = [name for name, whose in owners.items() if not {one["uid"] for one in whose} <= uids]
+        assert not orphans, f"the owners of {orphans} are gone"
+        assert "PodDisruptionBudget/f-decode" in now, "the pool has no budget"
+        return True
+
+    world.wait(nothing_is_orphaned)
+    assert world.control.asked("drain") == ["decode-0"]
 
 
 def test_a_number_that_somebody_set_stands_until_the_fleet_says_another(world: World) -> None:
@@ -347,6 +232,24 @@ def test_of_two_operators_one_acts_and_the_other_takes_over(world: World) -> Non
     world.wait(lambda: second.counted("tandem_operator_leader") == 1)
     world.cluster.kubectl("scale", "epp", "f-decode", "-n", world.namespace, "--replicas=2")
     world.ready("1/1 2/2")
+
+
+def test_of_two_releases_that_look_at_a_namespace_one_acts_and_the_other_takes_over(world: World) -> None:
+    first = world.operator()
+    world.fleet()
+    world.ready()
+    second = world.operator("--lease", "of-another-release")
+    world.wait(lambda: any("AnotherOperator" in event for event in world.cluster.events("f", world.namespace)))
+    assert second.counted("tandem_operator_leader") == 1
+    assert second.counted("tandem_operator_namespace_claimed", namespace=world.namespace) == 0
+    world.kubectl("scale", "epp", "f-decode", "--replicas=2")
+    world.ready("1/1 2/2")
+    assert second.counted("tandem_operator_writes_total") == 0
+    first.kill()
+    world.kubectl("delete", "lease", "tandem-fleets")  # or it runs out
+    world.kubectl("scale", "epp", "f-decode", "--replicas=1")
+    world.ready("1/1 1/1")
+    assert second.counted("tandem_operator_namespace_claimed", namespace=world.namespace) == 1
 
 
 def test_a_fleet_that_cannot_be_says_why(world: World) -> None:

@@ -14,6 +14,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from tandem.core.group_check import CheckVerdict, GroupCheck
 from tandem.core.refresh import Refresh, RefreshPhase
 from tandem.core.traffic import TrafficReport
 from tandem.core.types import DpLoad, FleetSnapshot, Group, GroupSpec, GroupState, Rank, Role
@@ -98,6 +99,9 @@ class MemoryFleet:
     async def traffic(self) -> Sequence[TrafficReport]:
         return [TrafficReport(replica="b", incarnation="2"), TrafficReport(replica="a", incarnation="1", ttft=(0, 3))]
 
+    async def check(self, group: str) -> GroupCheck:
+        return GroupCheck(verdict=CheckVerdict.WRONG, message="it says Rome", epoch=3, partner=self._known(group).group)
+
     async def refresh(self, ask: RefreshAsk) -> Refresh:
         self.asked = ask
         return await self.refresh_state()
@@ -158,6 +162,15 @@ async def test_a_drain_may_move_streams_at_once_and_may_be_forced(client: Contro
     assert (await client.drain("decode-0", migrate=True)).migrate_at == 1000
     with pytest.raises(ControlError, match="Nobody forces this fleet"):
         await client.drain("decode-0", force=True)
+
+
+async def test_a_group_is_checked_and_the_answer_arrives_as_it_was(client: ControlClient) -> None:
+    await client.put_group(SPEC)
+    check = GroupCheck(verdict=CheckVerdict.WRONG, message="it says Rome", epoch=3, partner="decode-0")
+    assert await client.check("decode-0") == check
+    with pytest.raises(ControlError) as caught:
+        await client.check("decode-9")
+    assert caught.value.code == "NOT_FOUND"
 
 
 async def test_a_refresh_is_asked_for_followed_and_stopped(served: Served) -> None:

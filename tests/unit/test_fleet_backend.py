@@ -11,6 +11,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
+from tandem.core.group_check import CheckVerdict, GroupCheck
 from tandem.core.group_events import Service
 from tandem.core.refresh import Refresh, RefreshPhase
 from tandem.core.types import FleetSnapshot, Group, GroupSpec, GroupState, Role
@@ -289,3 +290,11 @@ async def test_a_refresh_that_could_not_work_is_refused_before_anything_drains(
 async def test_a_pause_may_be_allowed(backend: StoreBackend, store: Store) -> None:
     await put_fleet(store, decode=1)
     assert (await backend.refresh(replace(ASK, allow_pause=True))).allow_pause
+
+
+async def test_only_a_group_that_is_there_can_be_checked(backend: StoreBackend, store: Store) -> None:
+    with pytest.raises(UnknownGroup):
+        await backend.check("decode-0")
+    starting = Group(group="decode-0", role=Role.DECODE, epoch=1, state=GroupState.STARTING)
+    await store.put("groups/decode-0", msgspec.json.encode(starting))
+    assert await backend.check("decode-0") == GroupCheck(verdict=CheckVerdict.UNKNOWN, message="is starting")

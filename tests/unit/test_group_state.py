@@ -230,3 +230,21 @@ def test_a_repeated_drain_sets_deadline_and_migration_anew() -> None:
 def test_a_group_that_is_not_leaving_moves_nothing() -> None:
     assert ready().record.group.migrate_at == 0
     assert draining().hear(RankDied(epoch=1, rank=0, reason="exited")).record.group.migrate_at == 0
+
+
+def test_failures_in_a_row_are_told_and_survive_a_restart_and_a_controller() -> None:
+    life = starting()
+    for epoch in (1, 2):
+        life.hear(Placed(epoch=epoch), RankDied(epoch=epoch, rank=0, reason="ended"), Stopped(epoch=epoch)).later(9)
+    assert (life.state, life.epoch, life.record.group.failures) == (GroupState.STARTING, 3, 2)
+    life.record = groups.adopt(life.record.group, SPEC, policy=POLICY, now=life.now)
+    life.hear(RankDied(epoch=3, rank=0, reason="ended"))
+    assert (life.state, life.record.group.failures) == (GroupState.FAILED, 3)
+
+
+def test_a_group_that_was_ready_for_long_counts_its_failures_anew() -> None:
+    life = starting()
+    life.hear(Placed(epoch=1), RankDied(epoch=1, rank=0, reason="ended"), Stopped(epoch=1)).later(9)
+    life.hear(*up(2)).later(60)
+    assert life.state is GroupState.READY
+    assert life.hear(RankDied(epoch=2, rank=0, reason="ended")).record.group.failures == 1

@@ -38,7 +38,7 @@ def test_a_secret_url_takes_the_place_of_the_configurations_own(tmp_path: Path) 
     ("config", "why"),
     [
         ({"state": {"url": "embedded"}}, "other nodes cannot see"),
-        ({"ray": {"address": "h:1"}}, "leave it out"),
+        ({"ray": {"address": "h:1"}}, "on all nodes of that cluster"),
         ({"name": "BAD"}, "fleet.json is no fleet's configuration: name"),
     ],
 )

@@ -106,6 +106,20 @@ app.kubernetes.io/component: test
 - apiGroups: [""]
   resources: [events]
   verbs: [create, patch]
+# Its claim on a namespace with Fleets: no other release's operator acts there meanwhile.
+- apiGroups: [coordination.k8s.io]
+  resources: [leases]
+  verbs: [create]
+- apiGroups: [coordination.k8s.io]
+  resources: [leases]
+  resourceNames: [tandem-fleets]
+  verbs: [get, update]
+{{- if .Values.operator.rayClusters }}
+# Its finalizer on Fleets in another's Ray cluster.
+- apiGroups: [tandem.dev]
+  resources: [fleets]
+  verbs: [patch]
+{{- end }}
 {{- $groups := dict "volcano" "scheduling.volcano.sh" "coscheduling" "scheduling.x-k8s.io" }}
 {{- range .Values.operator.gangSchedulers }}
 - apiGroups: [{{ get $groups . }}]

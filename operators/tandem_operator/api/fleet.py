@@ -88,8 +88,12 @@ class RayCluster(Section):
 
     address: str | None = Field(
         None,
-        description="host:port of the GCS of one that is there (KubeRay's): not supported yet, and refused by the"
-        " operator; none = one is run, of the fleet's own.",
+        pattern=r"^(\[[0-9a-fA-F:]+\]|[^\s:/]+):[0-9]{1,5}$",
+        description="host:port of the GCS of one that is there (KubeRay's), whose nodes then run the groups; cannot be"
+        " changed later. None = one is run, of the fleet's own.",
+    )
+    auth_token_secret: SecretKey | None = Field(
+        None, description="With address: the token that Ray asks for; none = it asks for none."
     )
     storage: Quantity | None = Field(None, description="Size of a volume for what its head remembers.")
     storage_class: str | None = Field(None, description="Of the volume; none = the cluster's default.")

@@ -44,6 +44,11 @@ class Rollout(Section):
     max_unavailable: int = Field(0, ge=0, le=64, description="Groups below it.")
     canary_s: float = Field(30, ge=0, description="The first new group must serve well for so long before the others.")
     progress_s: float = Field(1800, gt=0, description="A new group that is not ready by then stops the change.")
+    canary_prompt: bool = Field(
+        True,
+        description="The first new group serves nobody until it has answered a known prompt as the groups that serve do"
+        " (on GPUs: begins as they do). Turn off for a change that is to answer otherwise.",
+    )
     rollback: bool = Field(True, description="After a failed canary, go back to the last revision that served.")
 
     @model_validator(mode="after")
@@ -98,5 +103,8 @@ class GroupSpec(Section):
     nodes: int = Field(ge=1, le=64, description="Nodes (pods, ranks).")
     gpus_per_node: int = Field(ge=1, le=16, description="GPUs per node.")
     revision: str = Field(description="Hash of its template and shape.")
-    cordoned: bool = Field(False, description="No new pairs; what runs goes on.")
+    cordoned: bool = Field(False, description="No new pairs; what runs goes on. For people: the operator leaves it.")
+    canary: bool = Field(
+        False, description="The first group of a revision: no new pairs either, until it has answered a known prompt."
+    )
     template: EngineTemplate

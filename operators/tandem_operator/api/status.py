@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from tandem.config import Section
+from tandem.core.group_check import CheckVerdict
 from tandem.core.types import GroupState, RankState
 
 
@@ -104,6 +105,15 @@ class LoadStatus(Section):
     kv_use: float = Field(0.0, description="Share of the KV pool in use, 0 to 1; of its fullest DP rank.")
 
 
+class CheckStatus(Section):
+    """What the first group of a revision answered to a known prompt."""
+
+    epoch: int = Field(0, description="Of the group, when it was asked last.")
+    verdict: CheckVerdict = Field(CheckVerdict.UNKNOWN, description="What is to be thought of the answer.")
+    message: str = Field("", description="Why.")
+    silences: int = Field(0, description="So often in a row it gave no answer; the third time it has failed.")
+
+
 class GroupStatus(Section):
     """Of an ExpertParallelGroup."""
 
@@ -119,6 +129,7 @@ class GroupStatus(Section):
     ready_ranks: str = Field("", description="Such as 2/2.")
     ranks: tuple[RankStatus, ...] = Field((), description="Its engine processes, one per node.")
     load: LoadStatus = Field(default_factory=LoadStatus)
+    check: CheckStatus | None = Field(None, description="Of the first group of a revision; none = not asked.")
     conditions: Conditions = Field((), description="What is true of it, by type.")
     drain_deadline: str = Field(
         "", description="When a drain ends at the latest (RFC 3339); empty = it does not drain."

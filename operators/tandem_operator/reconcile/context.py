@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from tandem_operator.apply import Applier
 from tandem_operator.cache import Cache
+from tandem_operator.checks import Checks
 from tandem_operator.conditions import Told, conditions
 from tandem_operator.control import Links
 from tandem_operator.events import Recorder
@@ -37,6 +38,8 @@ class Context:
 
     absent: dict[Key, float] = field(default_factory=dict)
     """Groups that leave and that their fleet, asked, does not know, with since when (Unix seconds)."""
+
+    checks: Checks = field(default_factory=Checks)
 
     def now(self) -> float:
         """Unix seconds."""

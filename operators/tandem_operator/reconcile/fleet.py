@@ -27,6 +27,7 @@ from tandem_operator.names import (
     leaving,
     pool_name,
 )
+from tandem_operator.reconcile import guest
 from tandem_operator.reconcile.context import Context
 from tandem_operator.render.config import SpecError, fleet_spec
 from tandem_operator.render.platform import passing_names, platform_children
@@ -46,9 +47,12 @@ async def reconcile_fleet(ctx: Context, key: Key) -> float | None:
         _forget(key)
         return None
     if leaving(fleet):  # its children follow by their owner references; groups see that it is leaving and let go
-        return None
+        return await guest.leave(ctx, key, fleet)
     try:
         spec = fleet_spec(fleet["spec"])
+        guest.check_move(ctx, key, spec)
+        if guest.is_guest(spec):
+            await guest.hold(ctx, key, fleet)
         children = platform_children(fleet, spec, ctx.budget)
     except SpecError as error:
         await ctx.recorder.tell(FLEET, fleet, error.reason, str(error), type_="Warning")
@@ -178,7 +182,11 @@ def _old_head(ctx: Context, key: Key, spec: FleetSpec) -> str:
     """That the head's pod is not of the template that there is now, and what to do; empty = it is, or there is none."""
     status = _status_of(ctx, key, "head")
     # Not by currentRevision: Kubernetes never moves that on for a StatefulSet that is OnDelete.
-    if spec.ray.storage or (status.get("updatedReplicas") or 0) >= (status.get("replicas") or 0):
+    if (
+        spec.ray.storage
+        or guest.is_guest(spec)
+        or (status.get("updatedReplicas") or 0) >= (status.get("replicas") or 0)
+    ):
         return ""
     return (
         "the head still runs the old template; it is replaced when its pod is deleted: kubectl delete pod"
@@ -212,6 +220,7 @@ def _conditions(
     found = [
         told("Valid", True, "Valid"),
         told("ControlReachable", link.reachable, "Connected" if link.reachable else "Unreachable", link.why),
+        guest.placed_by_ray(spec),
     ]
     if not link.reachable:
         found.append(told("Available", None if gateways else False, "ControlUnreachable", _unknown(gateways)))

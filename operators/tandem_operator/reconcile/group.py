@@ -27,7 +27,9 @@ from tandem_operator.names import (
     leaving,
 )
 from tandem_operator.pod_state import PodsState, pods_of
+from tandem_operator.reconcile.check import Standing, ask, check_condition, check_status, standing
 from tandem_operator.reconcile.context import Context, rfc3339, unix
+from tandem_operator.reconcile.guest import is_guest
 from tandem_operator.render.config import SpecError, fleet_spec
 from tandem_operator.render.group import group_children
 
@@ -50,6 +52,7 @@ async def reconcile_group(ctx: Context, key: Key) -> float | None:
     group = ctx.cache.get(key)
     if group is None:
         ctx.absent.pop(key, None)
+        ctx.checks.forget({one["metadata"]["uid"] for one in ctx.cache.all(EP_GROUP)})
         return None
     spec = GroupSpec.model_validate(group["spec"])
     if leaving(group):
@@ -64,7 +67,8 @@ async def reconcile_group(ctx: Context, key: Key) -> float | None:
     link = ctx.links.open(key.namespace, spec.fleet)
     trouble: list[str] = []
     if not fleet_says.paused:
-        for child, body in group_children(group, spec).items():
+        children = {} if is_guest(fleet_says) else group_children(group, spec)
+        for child, body in children.items():
             try:
                 await ctx.applier.ensure(child, body, group)
             except Trouble as error:
@@ -74,15 +78,18 @@ async def reconcile_group(ctx: Context, key: Key) -> float | None:
                     raise
                 trouble.append(_no_gang(child.kind, spec.template.pods.gang.scheduler, error.status))
     again = _AGAIN_S if trouble else None
+    stands = standing(ctx, group, spec, link.snapshot if link.reachable else None)
     if link.reachable and not fleet_says.paused:
+        asked = ask(ctx, key, group, spec, link, stands)
+        again = again or asked
         try:
-            await _put(link, spec)
+            await _put(link, spec, held=stands.held)
         except ControlError as error:
             trouble.append(f"the fleet does not take it: {error}")
             await ctx.recorder.tell(EP_GROUP, group, "Refused", str(error), type_="Warning")
             again = _AGAIN_S
     if link.known:
-        await _tell(ctx, key, group, spec, link, trouble)
+        await _tell(ctx, key, group, spec, link, trouble, stands, guest=is_guest(fleet_says))
     return again
 
 
@@ -94,15 +101,15 @@ def _no_gang(kind: Kind, scheduler: str, status: int) -> str:
     return f"the operator may not make {what}: add {scheduler} to operator.gangSchedulers in its chart's values"
 
 
-def wish_of(spec: GroupSpec) -> Wish:
-    """What the fleet is told of a group."""
+def wish_of(spec: GroupSpec, *, held: bool = False) -> Wish:
+    """What the fleet is told of a group. `held`: it must not serve yet, whatever people say."""
     template = spec.template
     return Wish(
         group=spec.group,
         role=spec.role,
         nodes=spec.nodes,
         gpus_per_node=spec.gpus_per_node,
-        cordoned=spec.cordoned,
+        cordoned=spec.cordoned or held,
         revision=spec.revision,
         kv_format=template.kv_format,
         engine=EngineSettings(
@@ -114,13 +121,13 @@ def wish_of(spec: GroupSpec) -> Wish:
     )
 
 
-async def _put(link: FleetLink, spec: GroupSpec) -> None:
+async def _put(link: FleetLink, spec: GroupSpec, *, held: bool) -> None:
     """Let the fleet have the group as it should be. One that drains (its pod was evicted) is put again once it is gone.
 
     Its weights are the fleet's business, and are left as they are.
     """
     assert link.snapshot is not None, "a reachable fleet has told what it is"
-    wanted = wish_of(spec)
+    wanted = wish_of(spec, held=held)
     known = next((wish for wish in link.snapshot.desired if wish.group == spec.group), None)
     if known is not None:
         if known.draining:
@@ -237,7 +244,17 @@ async def _tell_leaving(
 # -- status
 
 
-async def _tell(ctx: Context, key: Key, group: Object, spec: GroupSpec, link: FleetLink, trouble: list[str]) -> None:
+async def _tell(
+    ctx: Context,
+    key: Key,
+    group: Object,
+    spec: GroupSpec,
+    link: FleetLink,
+    trouble: list[str],
+    stands: Standing,
+    *,
+    guest: bool,
+) -> None:
     there = _found(link.snapshot, spec.group) if link.reachable else None
     status = _status(group, spec, there)
     placed = pods_of(ctx.cache, key, spec.nodes)
@@ -245,7 +262,9 @@ async def _tell(ctx: Context, key: Key, group: Object, spec: GroupSpec, link: Fl
         status["reason"] = placed.waits[:_LONGEST_REASON]  # the fleet only says that it waits for nodes
     stateful = ctx.cache.get(Key(STATEFUL_SET, key.namespace, key.name)) or {}
     joined = int((stateful.get("status") or {}).get("readyReplicas") or 0)
-    pods = _pods_ready(spec, joined, placed)
+    pods = told("PodsReady", True, "PlacedByRay", "Ray places it; it has no pods.")
+    if not guest:
+        pods = _pods_ready(spec, joined, placed)
     if not link.reachable:
         ready = told("Ready", None, "ControlUnreachable", link.why)
         if (known := group.get("status")) and known.get("state"):
@@ -256,6 +275,9 @@ async def _tell(ctx: Context, key: Key, group: Object, spec: GroupSpec, link: Fl
         is_ready = there.state is GroupState.READY
         ready = told("Ready", is_ready, _PHASES[there.state], there.reason)
     found = [ready, pods]
+    if stands.canary and link.reachable:
+        status["check"] = check_status(stands.trial)
+        found.append(check_condition(stands, there))
     found.append(told("Degraded", bool(trouble), "Trouble" if trouble else "AsExpected", "; ".join(trouble)[:1000]))
     await ctx.tell_status(key, group, status, found)
 
@@ -287,6 +309,8 @@ def _status(group: Object, spec: GroupSpec, there: Group | None) -> Object:
     }
     if there is not None:
         status["state"] = there.state.value
+    if (check := (group.get("status") or {}).get("check")) is not None:
+        status["check"] = check
     return status
 
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from msgspec.structs import replace
+
+from tandem.core.group_check import CheckVerdict
+from tandem.core.rollout_check import Trial, is_checked
 from tandem.core.rollout_types import Member, Rules
-from tandem.core.types import DpLoad, FleetSnapshot, Group, GroupState, Role
+from tandem.core.types import NO_NODES, DpLoad, FleetSnapshot, Group, GroupState, Role
 from tandem_operator.api.pool import Rollout
 from tandem_operator.names import Object, leaving
 from tandem_operator.pod_state import PodsState
@@ -28,14 +32,41 @@ def members_of(
     loads: Mapping[str, Sequence[DpLoad]],
     pods: Mapping[str, PodsState] | None,
     good: str = "",
+    *,
+    trials: Mapping[str, Trial],
+    prompt: bool = True,
+    alone: bool = False,
 ) -> tuple[Member, ...]:
     """The groups of a pool.
 
     `pods`: how the pods of each are, by its id; None = they have no pods of ours. `good`: the revision that is known to
     serve: its groups have the time to get ready anew at each restart, which one that still has to show it has not.
+    `trials`: what is known of the checks of each. `prompt`: canaries are asked at all; `alone`: an answer without a
+    partner will do.
     """
     told = {group.group: group for group in (snapshot.groups if snapshot else ())}
-    return tuple(_member(group, told, loads, pods, good) for group in groups)
+    members = (_member(group, told, loads, pods, good) for group in groups)
+    if not prompt:
+        return tuple(members)
+    canaries = {group["spec"]["group"] for group in groups if group["spec"].get("canary")}
+    return tuple(
+        _asked(one, told.get(one.group), trials.get(one.group, Trial()), alone=alone) if one.group in canaries else one
+        for one in members
+    )
+
+
+def _asked(member: Member, there: Group | None, trial: Trial, *, alone: bool) -> Member:
+    """A canary, with what it has answered. One that was not asked yet has served nobody."""
+    checked = there is not None and is_checked(trial, there.epoch, member.state, alone=alone)
+    waits = member.state is GroupState.CORDONED and not checked and trial.message
+    return replace(
+        member,
+        canary=True,
+        checked=checked,
+        canary_failed=trial.failure,
+        served=member.served and trial.verdict is CheckVerdict.OK,
+        reason=trial.message if waits else member.reason,
+    )
 
 
 def _member(
@@ -52,10 +83,10 @@ def _member(
     state = there.state if there is not None else GroupState.STARTING
     served = there is not None and bool(there.weight_version)
     own = pods.get(name, PodsState()) if pods is not None else PodsState()
-    if pods is not None:
-        placed = own.placed
-    else:  # the ranks of a group get their nodes together, and tell them when they are started
-        placed = there.since if there is not None and any(rank.node for rank in there.ranks) else None
+    placed, no_room = own.placed, own.no_room
+    if pods is None and there is not None:  # its ranks get their nodes together, and tell them when they are started
+        placed = there.since if any(rank.node for rank in there.ranks) else None
+        no_room = state is GroupState.STARTING and there.reason.startswith(NO_NODES)
     if there is not None and served and placed is not None and spec["revision"] == good:
         placed = max(placed, there.since)
     return Member(
@@ -68,8 +99,8 @@ def _member(
         ready_since=there.since if there is not None and state is GroupState.READY else None,
         served=served,
         placed=placed,
-        no_room=own.no_room,
-        failures=0 if served or there is None else _failures(group, there),
+        no_room=no_room,
+        failures=there.failures if there is not None else 0,
         # Its pods stay through a failure of its engine: one that is missing went with its node, or was evicted.
         lost=pods is not None and state is GroupState.FAILED and own.scheduled < spec["nodes"],
         # One that an evicted pod has drained is put again: it is away, and not on its way out.
@@ -78,13 +109,3 @@ def _member(
         waiting=sum(rank.waiting for rank in ranks),
         reason=own.waits or (there.reason if there is not None else ""),
     )
-
-
-def _failures(group: Object, there: Group) -> int:
-    """Failures in a row of a group that has never been ready: each of its epochs that ended was one.
-
-    Counted from the epoch that its object saw first. The fleet does not tell the number itself; for a group that has
-    served it is therefore not known, and taken for 0.
-    """
-    first = int((group.get("status") or {}).get("firstEpoch") or there.epoch)
-    return max(0, there.epoch - first) + (there.state is GroupState.FAILED)

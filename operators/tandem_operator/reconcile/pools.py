@@ -15,13 +15,13 @@ import msgspec
 from tandem.core.rollout import roll, templates_to_keep
 from tandem.core.rollout_types import Create, Memory, Phase, Plan, Pool, Remove
 from tandem.core.types import FleetSnapshot, GroupState, Role
+from tandem_operator.api.fleet import FleetSpec
 from tandem_operator.api.pool import GroupSpec, PoolSpec
 from tandem_operator.apply import Trouble
 from tandem_operator.conditions import told
 from tandem_operator.control import FleetLink
 from tandem_operator.metrics import READY
 from tandem_operator.names import (
-    CONFIG_MAP,
     EP_GROUP,
     FLEET,
     FLEET_LABEL,
@@ -38,8 +38,11 @@ from tandem_operator.names import (
     pool_name,
 )
 from tandem_operator.pod_state import pods_of
+from tandem_operator.reconcile.check import alone_will_do
 from tandem_operator.reconcile.context import Context
+from tandem_operator.reconcile.guest import is_guest
 from tandem_operator.reconcile.members import members_of, rules_of
+from tandem_operator.reconcile.remembered import Remembered, Revision, memory_key, remembered
 from tandem_operator.render.config import SpecError, fleet_spec
 from tandem_operator.render.pool import group_object, group_spec, pool_budget
 from tandem_operator.revision import kv_format_of, revision_of
@@ -47,21 +50,6 @@ from tandem_operator.revision import kv_format_of, revision_of
 _AGAIN_S = 2.0
 _SLOWLY_S = 10.0
 """While something is under way, whose time limits nobody tells."""
-
-
-class Revision(msgspec.Struct, frozen=True):
-    """What groups of a revision are made of."""
-
-    kv_format: str
-    spec: Object
-    """A PoolSpec of that time."""
-
-
-class Remembered(msgspec.Struct, frozen=True):
-    """What the ConfigMap holds."""
-
-    memories: dict[Role, Memory] = {}
-    revisions: dict[str, Revision] = {}
 
 
 @dataclass(frozen=True)
@@ -94,8 +82,8 @@ async def reconcile_pools(ctx: Context, key: Key) -> float | None:
     if len(pools) < len(Role):
         return None  # the Fleet makes them
     link = ctx.links.open(key.namespace, key.name)
-    known = _remembered(ctx, key)
-    plans = roll([_pool(ctx, pool, link, known, paused=fleet_says.paused) for pool in pools.values()], ctx.now())
+    known = remembered(ctx, key)
+    plans = roll([_pool(ctx, pool, link, known, fleet_says) for pool in pools.values()], ctx.now())
     trouble: dict[Role, str] = {}
     if not fleet_says.paused:
         try:
@@ -110,7 +98,8 @@ async def reconcile_pools(ctx: Context, key: Key) -> float | None:
             except Trouble as error:
                 trouble[role] = str(error)
             try:
-                await _ensure_budget(ctx, pool, link)
+                if not is_guest(fleet_says):
+                    await _ensure_budget(ctx, pool, link)
             except Trouble as error:
                 trouble.setdefault(role, str(error))
     for role, pool in pools.items() if link.known else ():
@@ -132,7 +121,7 @@ def _read(ctx: Context, namespace: str, fleet: str, role: Role) -> _Pool | None:
     return _Pool(key, obj, spec, revision, kv_format, tuple(groups))
 
 
-def _pool(ctx: Context, pool: _Pool, link: FleetLink, known: Remembered, *, paused: bool) -> Pool:
+def _pool(ctx: Context, pool: _Pool, link: FleetLink, known: Remembered, fleet: FleetSpec) -> Pool:
     snapshot = link.snapshot if link.reachable else None
     places = {
         one["spec"]["group"]: pods_of(ctx.cache, key_of(EP_GROUP, one), one["spec"]["nodes"]) for one in pool.groups
@@ -146,9 +135,18 @@ def _pool(ctx: Context, pool: _Pool, link: FleetLink, known: Remembered, *, paus
         nodes=pool.spec.nodes,
         gpus_per_node=pool.spec.gpus_per_node,
         rules=rules_of(pool.spec.rollout),
-        paused=pool.spec.paused or paused,
+        paused=pool.spec.paused or fleet.paused,
         held=_held(snapshot),
-        members=members_of(pool.groups, snapshot, link.loads, places, memory.good),
+        members=members_of(
+            pool.groups,
+            snapshot,
+            link.loads,
+            None if is_guest(fleet) else places,
+            memory.good,
+            trials={one["spec"]["group"]: ctx.checks.trial(one) for one in pool.groups},
+            prompt=pool.spec.rollout.canary_prompt,
+            alone=alone_will_do(ctx, pool.fleet, pool.spec.role),
+        ),
         memory=memory,
     )
 
@@ -169,15 +167,15 @@ async def _carry_out(ctx: Context, pool: _Pool, plan: Plan, known: Remembered, l
         name = group_name(pool.spec.fleet, action.group)
         key = Key(EP_GROUP, pool.key.namespace, name)
         match action:
-            case Create(group=group, revision=revision):
+            case Create(group=group, revision=revision, canary=canary):
                 if (found := _template(pool, revision, known)) is None:
                     trouble = (
                         f"{group} should be made again of revision {revision}, whose template nobody has kept"
-                        f" (ConfigMap {_memory_key(pool.fleet).name}): give the Fleet a template that serves"
+                        f" (ConfigMap {memory_key(pool.fleet).name}): give the Fleet a template that serves"
                     )
                     continue
                 spec, kv_format = found
-                body = group_object(pool.obj, group_spec(pool.obj, spec, group, revision, kv_format, cordoned=False))
+                body = group_object(pool.obj, group_spec(pool.obj, spec, group, revision, kv_format, canary=canary))
                 if await ctx.applier.ensure(key, body, pool.obj):
                     await ctx.recorder.tell(POOL, pool.obj, "GroupAdded", f"{group} is made (revision {revision}).")
             case Remove(group=group, reason=reason) if link.reachable:
@@ -203,21 +201,6 @@ def _template(pool: _Pool, revision: str, known: Remembered) -> tuple[PoolSpec, 
 # -- memory
 
 
-def _memory_key(key: Key) -> Key:
-    return Key(CONFIG_MAP, key.namespace, f"{key.name}-rollout")
-
-
-def _remembered(ctx: Context, key: Key) -> Remembered:
-    found = ctx.cache.get(_memory_key(key))
-    text = ((found or {}).get("data") or {}).get("rollout.json")
-    if text is None:
-        return Remembered()
-    try:
-        return msgspec.json.decode(text, type=Remembered)
-    except msgspec.DecodeError:  # somebody has edited it: without it a pool still does the right thing
-        return Remembered()
-
-
 async def _remember(
     ctx: Context, fleet: Object, before: Remembered, pools: Mapping[Role, _Pool], plans: Mapping[Role, Plan]
 ) -> Remembered:
@@ -236,7 +219,7 @@ async def _remember(
     after = Remembered(memories, revisions)
     if after != before:
         meta = fleet["metadata"]
-        key = _memory_key(Key(FLEET, meta["namespace"], meta["name"]))
+        key = memory_key(Key(FLEET, meta["namespace"], meta["name"]))
         body = {
             "metadata": {"labels": labels(meta["name"], "config"), "ownerReferences": owned_by(FLEET, fleet)},
             "data": {"rollout.json": json.dumps(msgspec.to_builtins(after), sort_keys=True)},

@@ -18,7 +18,7 @@ from tandem.config import (
     TlsConfig,
 )
 from tandem_operator.api.fleet import FleetPool, FleetSpec
-from tandem_operator.names import CONTROL_PORT, REDIS_PORT
+from tandem_operator.names import CONTROL_PORT, REDIS_PORT, Object
 from tandem_operator.render.pods import TLS_FOLDER, model_path
 
 
@@ -36,9 +36,10 @@ def fleet_spec(spec: object) -> FleetSpec:
         found = FleetSpec.model_validate(spec)
     except ValidationError as error:
         raise SpecError(sentence(error)) from error
-    if found.ray.address is not None:
-        why = "spec.ray.address: a Ray cluster that is there is not supported yet; remove ray.address"
-        raise SpecError(why, "NotSupported")
+    if found.ray.address is not None and found.model.path is None:
+        raise SpecError(
+            "spec.model.path: with ray.address it must name a folder that all nodes of that Ray cluster have"
+        )
     return found
 
 
@@ -77,7 +78,7 @@ def fleet_config(name: str, namespace: str, spec: FleetSpec) -> FleetConfig:
             ),
             control=ControlConfig(host="0.0.0.0", port=CONTROL_PORT),
             state=StateConfig(url=state),
-            ray=RayConfig(group_resources=True),
+            ray=_ray(name, namespace, spec),
             timeouts=spec.timeouts,
             tenants=spec.tenants,
             default_tenant=spec.default_tenant,
@@ -95,6 +96,25 @@ def fleet_config(name: str, namespace: str, spec: FleetSpec) -> FleetConfig:
 def config_json(config: FleetConfig) -> str:
     """As it stands in the ConfigMap: what differs from the defaults."""
     return config.model_dump_json(exclude_defaults=True, indent=2)
+
+
+def config_in(config_map: Object) -> RayConfig | None:
+    """What the configuration that is there says of Ray; None = it says nothing that can be read."""
+    try:
+        return FleetConfig.model_validate_json((config_map.get("data") or {}).get("fleet.json", "")).ray
+    except ValidationError:
+        return None
+
+
+def ray_namespace(name: str, namespace: str) -> str:
+    """Ray namespace of a fleet in another's cluster, where other fleets may be called the same."""
+    return f"tandem-{namespace}-{name}"
+
+
+def _ray(name: str, namespace: str, spec: FleetSpec) -> RayConfig:
+    if spec.ray.address is None:
+        return RayConfig(group_resources=True)
+    return RayConfig(address=spec.ray.address, namespace=ray_namespace(name, namespace))
 
 
 def _path(spec: FleetSpec) -> Path | None:

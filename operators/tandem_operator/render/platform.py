@@ -22,7 +22,7 @@ from tandem_operator.names import (
     owned_by,
 )
 from tandem_operator.render import pods
-from tandem_operator.render.config import config_json, fleet_config
+from tandem_operator.render.config import config_json, fleet_config, ray_namespace
 
 Children = dict[Key, Object]
 Update = Literal["RollingUpdate", "OnDelete"]
@@ -49,7 +49,7 @@ def platform_children(fleet: Object, spec: FleetSpec, budget: Kind | None) -> Ch
 
     add(CONFIG_MAP, f"{name}-config", "config", data={"fleet.json": config})
     add(STATEFUL_SET, f"{name}-head", "head", spec=_head(name, namespace, spec))
-    head_ports = {"gcs": GCS_PORT, "control": CONTROL_PORT}
+    head_ports = {"gcs": GCS_PORT, "control": CONTROL_PORT} if spec.ray.address is None else {"control": CONTROL_PORT}
     add(SERVICE, f"{name}-head", "head", spec=_service(name, "head", head_ports, headless=True))
     gateway = spec.gateway
     add(STATEFUL_SET, f"{name}-gateway", "gateway", spec=_gateway(name, namespace, spec))
@@ -86,8 +86,9 @@ def _head(name: str, namespace: str, spec: FleetSpec) -> Object:
     Without storage another pod begins with an empty GCS, and all groups restart: then one that runs is left alone, and
     another template waits until somebody deletes the pod.
     """
-    volumes = [pods.config_volume(name), *_volumes(spec)]
-    folder, data_mount = _data("data", pods.DATA_FOLDER, spec.ray.storage)
+    volumes = [pods.config_volume(name), *_volumes(spec), *_tenants(spec)]
+    storage = spec.ray.storage if spec.ray.address is None else None  # what there is to remember, another's head does
+    folder, data_mount = _data("data", pods.DATA_FOLDER, storage)
     container = pods.container(
         "head",
         pods.platform_image(spec),
@@ -104,10 +105,14 @@ def _head(name: str, namespace: str, spec: FleetSpec) -> Object:
                 }
             ),
             *pods.place_variables(),
+            *pods.ray_variables(spec),
             *pods.state_variables(spec.redis.url_secret),
         ],
         mounts=[data_mount, *(mount for _, mount in volumes)],
-        ports=[{"name": "gcs", "containerPort": GCS_PORT}, {"name": "control", "containerPort": CONTROL_PORT}],
+        ports=[
+            *([{"name": "gcs", "containerPort": GCS_PORT}] if spec.ray.address is None else []),
+            {"name": "control", "containerPort": CONTROL_PORT},
+        ],
         readinessProbe=pods.tcp_probe(CONTROL_PORT, periodSeconds=2, timeoutSeconds=2, failureThreshold=3),
     )
     template = pods.pod_template(
@@ -118,8 +123,8 @@ def _head(name: str, namespace: str, spec: FleetSpec) -> Object:
         [*folder, *(volume for volume, _ in volumes)],
         terminationGracePeriodSeconds=30,
     )
-    claims = _claim("data", spec.ray.storage, spec.ray.storage_class)
-    update: Update = "RollingUpdate" if spec.ray.storage else "OnDelete"
+    claims = _claim("data", storage, spec.ray.storage_class)
+    update: Update = "RollingUpdate" if storage or spec.ray.address is not None else "OnDelete"
     return _stateful_set(name, "head", f"{name}-head", 1, template, claims, update=update)
 
 
@@ -138,13 +143,13 @@ def _gateway(name: str, namespace: str, spec: FleetSpec) -> Object:
             *pods.variables(
                 {
                     "TANDEM_DRAIN_S": str(_GATEWAY_GRACE_S - _GATEWAY_MARGIN_S),
-                    "TANDEM_GCS": pods.gcs_address(name, namespace),
+                    **_cluster(name, namespace, spec),
                     "TANDEM_CONTROL": f"{name}-head.{namespace}.svc:{CONTROL_PORT}",
-                    **_tenants_variable(spec),
                     "HOME": "/tmp",
                 }
             ),
             *pods.place_variables(),
+            *pods.ray_variables(spec),
         ],
         mounts=[mount for _, mount in _volumes(spec)],
         ports=[
@@ -163,6 +168,13 @@ def _gateway(name: str, namespace: str, spec: FleetSpec) -> Object:
         terminationGracePeriodSeconds=_GATEWAY_GRACE_S,
     )
     return _stateful_set(name, "gateway", name, gateway.replicas, template, [])
+
+
+def _cluster(name: str, namespace: str, spec: FleetSpec) -> dict[str, str]:
+    """Where a gateway's node joins."""
+    if spec.ray.address is None:
+        return {"TANDEM_GCS": pods.gcs_address(name, namespace)}
+    return {"TANDEM_GCS": spec.ray.address, "TANDEM_RAY_NAMESPACE": ray_namespace(name, namespace)}
 
 
 def _redis(name: str, spec: FleetSpec) -> Object:
@@ -227,14 +239,19 @@ def _one_at_a_time(name: str, component: str) -> Object:
 def _volumes(spec: FleetSpec) -> list[tuple[Object, Object]]:
     found = pods.scratch_volumes()
     found += pods.model_volume(str(spec.model.path) if spec.model.path else None, spec.model.volume)
-    for volume, secret, folder in (
-        ("tls", spec.gateway.tls_secret, pods.TLS_FOLDER),
-        ("tenants", spec.tenants_secret, pods.TENANTS_FOLDER),
-    ):
-        if secret is not None:
-            mount = {"name": volume, "mountPath": folder, "readOnly": True}
-            found.append(({"name": volume, "secret": {"secretName": secret}}, mount))
+    if spec.gateway.tls_secret is not None:
+        found.append(_secret("tls", spec.gateway.tls_secret, pods.TLS_FOLDER))
     return found
+
+
+def _tenants(spec: FleetSpec) -> list[tuple[Object, Object]]:
+    """For the head alone: it tells the gateways which tenants there are."""
+    return [_secret("tenants", spec.tenants_secret, pods.TENANTS_FOLDER)] if spec.tenants_secret else []
+
+
+def _secret(volume: str, secret: str, folder: str) -> tuple[Object, Object]:
+    mount = {"name": volume, "mountPath": folder, "readOnly": True}
+    return {"name": volume, "secret": {"secretName": secret}}, mount
 
 
 def _tenants_variable(spec: FleetSpec) -> dict[str, str]:

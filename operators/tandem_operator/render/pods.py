@@ -59,6 +59,15 @@ def state_variables(secret: SecretKey | None) -> Variables:
     ]
 
 
+def ray_variables(spec: FleetSpec) -> Variables:
+    """How a pod that joins another's Ray cluster shows that it may."""
+    secret = spec.ray.auth_token_secret
+    if spec.ray.address is None or secret is None:
+        return []
+    token = {"secretKeyRef": {"name": secret.name, "key": secret.key}}
+    return [{"name": "RAY_AUTH_MODE", "value": "token"}, {"name": "RAY_AUTH_TOKEN", "valueFrom": token}]
+
+
 def gcs_address(fleet: str, namespace: str) -> str:
     """Where a fleet's Ray cluster has its GCS."""
     return f"{fleet}-head.{namespace}.svc:{GCS_PORT}"

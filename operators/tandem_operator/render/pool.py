@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from tandem.core.types import Role
 from tandem_operator.api.fleet import FleetPool, FleetSpec
-from tandem_operator.api.pool import EngineTemplate, GroupSpec, PoolSpec
+from tandem_operator.api.pods import EnginePodOptions
+from tandem_operator.api.pool import EngineTemplate, GroupSpec, Image, ModelVolume, PoolSpec
 from tandem_operator.apply import without_empty
 from tandem_operator.names import DRAIN_FINALIZER, FLEET, FLEET_GROUPS, POOL, Object, labels, owned_by
 from tandem_operator.render import pods
@@ -23,6 +24,21 @@ def pool_object(fleet: Object, spec: FleetSpec, role: Role) -> Object:
     name = fleet["metadata"]["name"]
     pool = pool_of(spec, role)
     path = pods.model_path(str(spec.model.path) if spec.model.path else None, spec.model.volume)
+    template = EngineTemplate(
+        image=spec.images.engine,
+        device=spec.device,
+        model_path=path,
+        model_volume=spec.model.volume,
+        redundant_experts=pool.redundant_experts,
+        max_total_tokens=pool.max_total_tokens,
+        args=pool.args,
+        env=pool.env,
+        pods=pool.pods,
+    )
+    if spec.ray.address is not None:
+        # What only pods of ours would have must not make another revision.
+        of_ray = {"image": Image(name="of-the-ray-cluster"), "model_volume": ModelVolume(), "pods": EnginePodOptions()}
+        template = template.model_copy(update=of_ray)
     wanted = PoolSpec(
         fleet=name,
         role=role,
@@ -31,17 +47,7 @@ def pool_object(fleet: Object, spec: FleetSpec, role: Role) -> Object:
         paused=spec.paused,
         autoscaling=pool.autoscaling,
         rollout=pool.rollout,
-        template=EngineTemplate(
-            image=spec.images.engine,
-            device=spec.device,
-            model_path=path,
-            model_volume=spec.model.volume,
-            redundant_experts=pool.redundant_experts,
-            max_total_tokens=pool.max_total_tokens,
-            args=pool.args,
-            env=pool.env,
-            pods=pool.pods,
-        ),
+        template=template,
     )
     body = body_of(wanted)
     del body["replicas"]
@@ -63,7 +69,7 @@ def body_of(spec: PoolSpec | GroupSpec) -> Object:
     return body
 
 
-def group_spec(pool: Object, spec: PoolSpec, group: str, revision: str, kv_format: str, *, cordoned: bool) -> GroupSpec:
+def group_spec(pool: Object, spec: PoolSpec, group: str, revision: str, kv_format: str, *, canary: bool) -> GroupSpec:
     """A new group of a pool."""
     return GroupSpec(
         fleet=spec.fleet,
@@ -73,7 +79,7 @@ def group_spec(pool: Object, spec: PoolSpec, group: str, revision: str, kv_forma
         nodes=spec.nodes,
         gpus_per_node=spec.gpus_per_node,
         revision=revision,
-        cordoned=cordoned,
+        canary=canary,
         template=spec.template.model_copy(update={"kv_format": kv_format}),
     )
 

@@ -28,6 +28,7 @@ def head(
     config: Annotated[Path, typer.Option(envvar="TANDEM_CONFIG", help="fleet.json; read again when it changes.")],
     host: Host,
     data: Annotated[Path, typer.Option(envvar="TANDEM_DATA", help="What Ray remembers; may be a volume.")],
+    name: Annotated[str, typer.Option(envvar="TANDEM_POD_NAME", help="What Ray calls it, where it joins one.")] = "",
     gcs_port: Annotated[int, typer.Option(envvar="TANDEM_GCS_PORT", help="Where nodes join.")] = 6380,
     state_url: Annotated[
         str, typer.Option(envvar="TANDEM_STATE_URL", help="In place of state.url, where a secret holds it.")
@@ -48,6 +49,7 @@ def head(
             config=config,
             host=host,
             data=data,
+            name=name,
             gcs_port=gcs_port,
             run=run,
             state_url=state_url,
@@ -66,6 +68,9 @@ def join(
     group: Annotated[str, typer.Option(envvar="TANDEM_GROUP", help="The group whose ranks this machine is for.")] = "",
     gateway: Annotated[bool, typer.Option("--gateway", help="It is for a gateway.")] = False,
     gpus: Annotated[int, typer.Option(envvar="TANDEM_GPUS", min=0, help="GPUs that it offers (cuda).")] = 0,
+    ray_namespace: Annotated[
+        str, typer.Option(envvar="TANDEM_RAY_NAMESPACE", help="Of the fleet, where --gcs is another's Ray cluster.")
+    ] = "",
     name: Annotated[str, typer.Option(envvar="TANDEM_POD_NAME", help="What Ray calls it.")] = "",
     linger: Annotated[
         float,
@@ -83,6 +88,8 @@ def join(
     """Be a node of a fleet, of one group or for a gateway; wait for the head as long as that takes."""
     if gateway == bool(group):
         fail("give either --group (TANDEM_GROUP) or --gateway")
+    if ray_namespace and group:
+        fail("in another's Ray cluster (--ray-namespace) Ray places the groups: no node joins for one")
     from tandem.fleet.node_join import Joined, JoinSettings
     from tandem.fleet.node_process import run_node
 
@@ -93,6 +100,7 @@ def join(
             group=group,
             gpus=gpus,
             name=name,
+            ray_namespace=ray_namespace,
             run=run,
             probe_host=probe_host,
             probe_port=probe,

@@ -145,7 +145,7 @@ def _fail(record: Record, reason: str, now: float) -> Record:
     group = record.group
     if group.loading and group.state in SERVING:  # whatever it died of: these weights are not tried again
         group = replace(group, loading="", refused=group.loading)
-    group = replace(enter(group, GroupState.FAILED, now, reason + then), migrate_at=0.0)
+    group = replace(enter(group, GroupState.FAILED, now, reason + then), migrate_at=0.0, failures=failures)
     return replace(record, group=group, cause=reason, failures=failures, retry_at=now + delay, start_by=None)
 
 
@@ -266,6 +266,7 @@ def _next_epoch(record: Record, spec: GroupSpec, now: float, actions: list[Actio
         refused=last.refused,
         revision=spec.revision,
         kv_format=spec.kv_format,
+        failures=record.failures,
     )
     actions.append(Place(epoch=group.epoch, spec=spec))
     return Record(

@@ -101,6 +101,7 @@ def adopt(group: Group, spec: GroupSpec | None, *, policy: Policy, now: float) -
         live=0 if gone else group.epoch,
         begun=True,
         gpus=gpus,
+        failures=group.failures,
         # Whatever the state, a placement may be there and must be given back in the end.
         shape=(len(group.ranks), gpus) if group.ranks else None,
         start_by=now + policy.start if group.state is GroupState.STARTING else None,

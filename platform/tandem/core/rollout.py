@@ -7,6 +7,7 @@ as wanted, and again after its caller died. What it cannot see in the groups sta
 - of ready groups it leaves wanted - `max_unavailable`, the last complete pair, and the pairs' capacity
   (`rollout_pairs.py`), unless 0 groups are wanted: then somebody wants none;
 - as long as a revision has not shown that it serves, one group has it, the canary. The others keep the good one;
+- the canary serves nobody before it has answered a known prompt rightly (`rollout_check.py`), and counts as nothing;
 - a revision that failed is not tried again, until the pool was told to have another one.
 """
 
@@ -118,7 +119,7 @@ class _Turn:
                 above, spare = above - 1, spare - one.ready
                 self._remove(one, f"makes room for the first group of revision {revision}")
         if not new:
-            self._fill(min(1, self._most - self._count()), revision)
+            self._fill(min(1, self._most - self._count()), revision, canary=True)
         if not memory.dark:
             missing = max(self._least_ready - len(self._others(revision)), wanted - self._count())
             self._fill(min(missing, self._most - self._count()), memory.good)
@@ -145,10 +146,10 @@ class _Turn:
 
     # -- small steps
 
-    def _fill(self, count: int, revision: str) -> None:
+    def _fill(self, count: int, revision: str, *, canary: bool = False) -> None:
         for _ in range(count):
             group = self._ledger.create(self.pool.role, revision)
-            self.actions.append(Create(group=group, revision=revision))
+            self.actions.append(Create(group=group, revision=revision, canary=canary))
 
     def _remove(self, member: Member, reason: str) -> None:
         self._ledger.remove(member)

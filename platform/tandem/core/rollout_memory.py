@@ -21,9 +21,12 @@ def remember(pools: Sequence[Pool], now: float) -> list[Memory]:
     ]
     done = [_is_done(pool, memory, _partner(pool, pools)) for pool, memory in zip(pools, coupled, strict=True)]
     return [
-        replace(memory, good=pool.revision, good_format=pool.kv_format, dark=False)
-        if done[index] and _in_step(pool, memory, index, coupled, done)
-        else memory
+        _proven(
+            pool,
+            replace(memory, good=pool.revision, good_format=pool.kv_format, dark=False)
+            if done[index] and _in_step(pool, memory, index, coupled, done)
+            else memory,
+        )
         for index, (pool, memory) in enumerate(zip(pools, coupled, strict=True))
     ]
 
@@ -32,7 +35,7 @@ def why_broken(member: Member, pool: Pool, now: float) -> str:
     """Why a group will not do, in one sentence; empty = it may. A lost node is no fault of its revision."""
     rules = pool.rules
     if member.canary_failed:
-        return f"{member.group} answers wrongly: {member.canary_failed}"
+        return f"{member.group} failed the known prompt: {member.canary_failed}"
     if member.ready or member.lost or member.state not in (GroupState.STARTING, GroupState.FAILED):
         return ""
     why = f": {member.reason}" if member.reason else ""
@@ -77,6 +80,13 @@ def _look(pool: Pool, partner: Pool | None, now: float) -> Memory:
     if why := _failure(pool, memory, now):
         memory = replace(memory, failed=pool.revision, failure=why, failed_at=now, dark=False)
     return memory
+
+
+def _proven(pool: Pool, memory: Memory) -> Memory:
+    """Of what is there, the revisions that have shown at some time that they serve."""
+    there = {one.revision for one in pool.members} & {*memory.proven}
+    known = there | {memory.good} | ({memory.target} if memory.passed else set())
+    return replace(memory, proven=tuple(sorted(known - {""})))
 
 
 def _begin(pool: Pool, memory: Memory, now: float) -> Memory:

@@ -6,10 +6,11 @@ from enum import Enum, auto
 
 import msgspec
 
+from tandem.core.rollout_check import is_waiting
 from tandem.core.rollout_memory import why_broken
 from tandem.core.rollout_pairs import paired_since
 from tandem.core.rollout_types import Member, Memory, Phase, Pool, Status
-from tandem.core.types import Role
+from tandem.core.types import GroupState, Role
 
 
 class Blocked(Enum):
@@ -117,7 +118,7 @@ def _change(view: View) -> tuple[Phase, str, str]:
     pending = [one for one in view.pending if one.revision == pool.revision]
     if pending:
         return Phase.PROGRESSING, "WaitingForNodes", f"{_share(view)}; {_needs_nodes(view)}"
-    lonely = [one for one in view.new if one.ready and paired_since(one, view.partners) is None]
+    lonely = [one for one in view.new if _is_lonely(one, view)]
     if lonely and view.idle and (not memory.passed or view.blocked is Blocked.PARTNERS):
         return Phase.PROGRESSING, "WaitingForPair", f"{_share(view)}; {_lonely(lonely[0], view)}"
     if not memory.passed:
@@ -137,6 +138,8 @@ def _canary(view: View) -> str:
     if canary is None:
         return f"the first group of revision {revision} waits until {_waiting(view) or 'another group can be spared'}"
     first = f"{canary.group} is the first group of revision {revision}"
+    if is_waiting(canary, view.memory):
+        return f"{first}; it serves nobody until it has answered a known prompt{_detail(canary)}"
     if not canary.ready:
         return f"{first}: {canary.state}{_detail(canary)}"
     since = canary.ready_since
@@ -172,6 +175,14 @@ def _needs_nodes(view: View) -> str:
     if pool.rules.max_unavailable == 0 and len(view.alive) > pool.groups:
         text += "; free some, or allow maxUnavailable 1, and it takes another group's"
     return text
+
+
+def _is_lonely(member: Member, view: View) -> bool:
+    """Whether it is up, and no partner is: to serve with or, before that, to be asked the known prompt with."""
+    if is_waiting(member, view.memory):
+        up = (GroupState.READY, GroupState.CORDONED)
+        return not any(one.state in up and one.pairs_with == member.pairs_with for one in view.partners)
+    return member.ready and paired_since(member, view.partners) is None
 
 
 def _lonely(member: Member, view: View) -> str:

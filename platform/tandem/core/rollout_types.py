@@ -52,8 +52,10 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
     running: int = 0
     waiting: int = 0
     """Requests there."""
+    canary: bool = False
+    """Made as the first of its revision, and to be asked a prompt whose answer is known before it serves."""
     checked: bool = True
-    """False while a prompt whose answer is known is on its way to it."""
+    """False until it has answered that prompt rightly; True where nobody asks."""
     canary_failed: str = ""
     """Why its answer to that prompt was wrong, in one sentence; empty = it was not."""
     reason: str = ""
@@ -89,6 +91,8 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
     target_format: str = ""
     passed: bool = False
     """A group of `target` has served as long as a canary must."""
+    proven: tuple[str, ...] = ()
+    """Revisions of the groups that are there, of which that was so at some time."""
     dark: bool = False
     """The change began without a group, so until the canary has passed there is nothing else to keep up."""
     began: float = 0.0
@@ -128,6 +132,8 @@ class Create(msgspec.Struct, frozen=True, kw_only=True):
 
     group: str
     revision: str
+    canary: bool = False
+    """The first one of a revision that is not known to serve: nothing is routed to it before it was checked."""
 
 
 class Remove(msgspec.Struct, frozen=True, kw_only=True):

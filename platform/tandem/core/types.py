@@ -65,6 +65,10 @@ class Rank(msgspec.Struct, frozen=True, kw_only=True):
     """Kubernetes node of that pod."""
 
 
+NO_NODES = "waits for nodes"
+"""So begins the reason of a group that has not been given its nodes."""
+
+
 class Group(msgspec.Struct, frozen=True, kw_only=True):
     """One expert-parallel group as the fleet sees it. The store holds it under `groups/<id>`."""
 
@@ -97,6 +101,8 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
     """Of the wish that this epoch was started by (`GroupSpec.revision`)."""
     kv_format: str = ""
     """Groups of different ones are never paired (`GroupSpec.kv_format`)."""
+    failures: int = 0
+    """It had failed so often in a row when it last failed; one that had been ready for long began anew."""
 
     @property
     def routable(self) -> bool:

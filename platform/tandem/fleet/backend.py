@@ -7,11 +7,13 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 import msgspec
 
+from tandem.core.group_check import GroupCheck
 from tandem.core.refresh import OVER, Refresh, some_pair
 from tandem.core.traffic import TrafficReport
 from tandem.core.types import DpLoad, FleetSnapshot, Group, GroupSpec, GroupState
 from tandem.engine.client import EngineClient, EngineError
 from tandem.fleet import clock
+from tandem.fleet.check import GroupChecker
 from tandem.fleet.control_service import NoRefresh, Refused, UnknownGroup
 from tandem.fleet.engines import Engines, NoEngineError
 from tandem.fleet.refresh_ask import RefreshAsk
@@ -35,6 +37,7 @@ class StoreBackend:
         self._drain_s = drain_s
         self._refresh_drain_s = refresh_drain_s
         self._client = EngineClient()
+        self._checker = GroupChecker(store, engines)
         self._draining = asyncio.Lock()
         """From the look at who is left until the wish is noted: else two drains at once leave nobody. One controller
         serves, so a lock of this process does."""
@@ -136,6 +139,10 @@ class StoreBackend:
     async def traffic(self) -> Sequence[TrafficReport]:
         """What the gateway replicas have counted; those of the last ten seconds."""
         return await read_traffic(self._store)
+
+    async def check(self, group: str) -> GroupCheck:
+        """What a group answers to a prompt, alone and in a pair."""
+        return await self._checker.check(await self._group(group))
 
     async def refresh(self, ask: RefreshAsk) -> Refresh:
         """Begin to give the fleet other weights. Raises Refused when they do not fit, or there would be a pause."""

@@ -10,10 +10,12 @@ from typing import NamedTuple
 
 import grpc
 
+from tandem.core.group_check import GroupCheck
 from tandem.core.refresh import Refresh
 from tandem.core.traffic import TrafficReport
 from tandem.core.types import DpLoad, FleetSnapshot, GroupSpec
 from tandem.fleet.control_proto import (
+    check_from_proto,
     fleet_from_proto,
     loads_from_proto,
     refresh_from_proto,
@@ -24,6 +26,8 @@ from tandem.fleet.control_proto import (
 from tandem.fleet.refresh_ask import RefreshAsk
 from tandem.v1 import control_pb2, control_pb2_grpc
 
+_LONGEST_CHECK_S = 190.0
+"""A little more than the service takes at most."""
 _OPTIONS = (
     # A watch may be silent for long, so a dead peer must be looked for.
     ("grpc.keepalive_time_ms", 20_000),
@@ -136,6 +140,13 @@ class ControlClient:
             reply = await self._stub.GetLoad(control_pb2.GetLoadRequest(group=group or ""), timeout=self._deadline)
             return FleetLoad(loads_from_proto(reply.groups), traffic_from_proto(reply.traffic))
 
+    async def check(self, group: str) -> GroupCheck:
+        """Have a group asked a prompt, alone and in a pair; takes up to three minutes, whatever the deadline is."""
+        with self._errors(_LONGEST_CHECK_S):
+            request = control_pb2.CheckGroupRequest(group=group)
+            reply = await self._stub.CheckGroup(request, timeout=_LONGEST_CHECK_S)
+            return check_from_proto(reply.check)
+
     async def refresh(self, ask: RefreshAsk) -> Refresh:
         """Begin to give the fleet other weights; `refresh_state` tells how far it is."""
         with self._errors():
@@ -164,14 +175,17 @@ class ControlClient:
             return refresh_from_proto(reply.refresh)
 
     @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
+    def _errors(self, deadline: float | None = None) -> Iterator[None]:
+        within = self._deadline if deadline is None else deadline
         try:
             yield
         except grpc.aio.AioRpcError as error:
-            raise ControlError(self._sentence(error.code(), error.details() or ""), error.code().name) from error
+            raise ControlError(
+                self._sentence(error.code(), error.details() or "", within), error.code().name
+            ) from error
         except TimeoutError:
             raise ControlError(
-                self._sentence(grpc.StatusCode.DEADLINE_EXCEEDED, ""), grpc.StatusCode.DEADLINE_EXCEEDED.name
+                self._sentence(grpc.StatusCode.DEADLINE_EXCEEDED, "", within), grpc.StatusCode.DEADLINE_EXCEEDED.name
             ) from None
         except ValueError as error:
             # An enum value of a later version, or a number that its field cannot hold.
@@ -180,9 +194,9 @@ class ControlClient:
                 grpc.StatusCode.INTERNAL.name,
             ) from error
 
-    def _sentence(self, code: grpc.StatusCode, details: str) -> str:
+    def _sentence(self, code: grpc.StatusCode, details: str, within: float) -> str:
         if code is grpc.StatusCode.UNAVAILABLE:
             return f"The fleet at {self._address} is not available: {details.rstrip('.')}. See that it is up."
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-            return f"The fleet at {self._address} did not answer within {self._deadline:g} s."
+            return f"The fleet at {self._address} did not answer within {within:g} s."
         return details or f"The fleet at {self._address} answered {code.name}."

@@ -15,6 +15,7 @@ import msgspec
 from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 from google.protobuf.message import Message
 
+from tandem.core.group_check import CheckVerdict, GroupCheck
 from tandem.core.kv_source import KvSource
 from tandem.core.refresh import Refresh, RefreshPhase
 from tandem.core.traffic import TrafficReport
@@ -46,6 +47,7 @@ MESSAGES: Mapping[type[msgspec.Struct], type[Message]] = {
     PoolPlan: control_pb2.PoolPlan,
     FleetSnapshot: control_pb2.Fleet,
     Refresh: control_pb2.Refresh,
+    GroupCheck: control_pb2.GroupCheck,
     TrafficReport: control_pb2.TrafficReport,
 }
 ENUMS: Mapping[type[StrEnum], tuple[EnumTypeWrapper, str]] = {
@@ -53,6 +55,7 @@ ENUMS: Mapping[type[StrEnum], tuple[EnumTypeWrapper, str]] = {
     GroupState: (control_pb2.GroupState, "GROUP_STATE_"),
     RankState: (control_pb2.RankState, "RANK_STATE_"),
     RefreshPhase: (control_pb2.RefreshPhase, "REFRESH_PHASE_"),
+    CheckVerdict: (control_pb2.CheckVerdict, "CHECK_VERDICT_"),
 }
 """Python enum → proto enum and the prefix of its values."""
 
@@ -85,6 +88,16 @@ def refresh_to_proto(refresh: Refresh) -> control_pb2.Refresh:
 def refresh_from_proto(message: control_pb2.Refresh) -> Refresh:
     """Return the refresh of a message. Raises ValueError on an enum value that this version does not know."""
     return _struct(Refresh, message)
+
+
+def check_to_proto(check: GroupCheck) -> control_pb2.GroupCheck:
+    """Return the message of a check."""
+    return control_pb2.GroupCheck(**_fields(check))
+
+
+def check_from_proto(message: control_pb2.GroupCheck) -> GroupCheck:
+    """Return the check of a message. Raises ValueError on an enum value that this version does not know."""
+    return _struct(GroupCheck, message)
 
 
 def loads_to_proto(loads: Mapping[str, Sequence[DpLoad]]) -> list[control_pb2.GroupLoad]:

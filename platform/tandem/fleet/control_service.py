@@ -13,10 +13,12 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from tandem.core.group_check import GroupCheck
 from tandem.core.refresh import Refresh
 from tandem.core.traffic import TrafficReport
 from tandem.core.types import DpLoad, FleetSnapshot, GroupSpec
 from tandem.fleet.control_proto import (
+    check_to_proto,
     fleet_to_proto,
     loads_to_proto,
     refresh_to_proto,
@@ -30,6 +32,7 @@ from tandem.v1 import control_pb2, control_pb2_grpc
 
 SERVICE = control_pb2.DESCRIPTOR.services_by_name["FleetControl"].full_name
 _LONGEST_CALL_S = 30.0
+_LONGEST_CHECK_S = 180.0
 _LONGEST_CANARY = 4096
 _LONGEST_DRAIN_S = 7 * 24 * 3600.0
 _GROUP_ID = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
@@ -89,6 +92,9 @@ class FleetBackend(Protocol):
 
     async def traffic(self) -> Sequence[TrafficReport]:
         """Return what the gateway replicas have counted."""
+
+    async def check(self, group: str) -> GroupCheck:
+        """Ask a group a prompt, alone and in a pair, and return what is to be thought of its answers."""
 
     async def refresh(self, ask: RefreshAsk) -> Refresh:
         """Begin to give the fleet other weights."""
@@ -151,6 +157,13 @@ class FleetControlService(control_pb2_grpc.FleetControlServicer):
             loads = await self._backend.load(_group(request.group) if request.group else None)
             traffic = () if request.group else await self._backend.traffic()
         return control_pb2.GetLoadResponse(groups=loads_to_proto(loads), traffic=traffic_to_proto(traffic))
+
+    async def CheckGroup(
+        self, request: control_pb2.CheckGroupRequest, context: _Context
+    ) -> control_pb2.CheckGroupResponse:
+        async with _answering(context, limit=_LONGEST_CHECK_S):
+            check = await self._backend.check(_group(request.group))
+        return control_pb2.CheckGroupResponse(check=check_to_proto(check))
 
     async def RefreshWeights(
         self, request: control_pb2.RefreshWeightsRequest, context: _Context

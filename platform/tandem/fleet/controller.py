@@ -76,6 +76,8 @@ class ControllerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The controller's log file; empty = Ray's own."""
     version: str = ""
     """Tells settings apart (`renew_controller`)."""
+    place: str = HEAD_RESOURCE
+    """Ray resource of the node that it lives on."""
 
 
 class Controller:
@@ -220,7 +222,7 @@ def start_controller(settings: ControllerSettings) -> ActorHandle[Controller]:
         "max_restarts": -1,
         "num_cpus": 0,
         # With the GCS, without which there is no fleet anyway: so no other node's death is the controller's.
-        "resources": {HEAD_RESOURCE: 0.001},
+        "resources": {settings.place: 0.001},
     }
     return cast("ActorHandle[Controller]", ray.remote(Controller).options(**options).remote(settings))
 

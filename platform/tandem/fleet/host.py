@@ -199,7 +199,7 @@ class Host:
         from tandem.gateway.deployment import deploy, remove
 
         with self._step("gateway"):
-            stack.push_async_callback(asyncio.to_thread, remove)
+            stack.push_async_callback(asyncio.to_thread, remove, self._config)
             given_up = threading.Event()
             deployed = asyncio.create_task(
                 asyncio.to_thread(

@@ -12,6 +12,7 @@ from tandem.core.layout import LayoutError
 from tandem.core.shape import ShapeError
 from tandem.core.types import Role
 from tandem.fleet.plan import plan_pool, read_shape
+from tandem.fleet.ray_processes import HEAD_RESOURCE
 from tandem.fleet.snapshot import FleetRecord
 from tandem.models.tiny import ensure_tiny
 
@@ -73,8 +74,10 @@ def controller_settings(
     log: Path,
     engines: Engines | None = None,
     version: str = "",
+    place: str = HEAD_RESOURCE,
 ) -> ControllerSettings:
-    """What the controller is told. `engines`: None = SGLang. `version`: of these settings, if they may change.
+    """What the controller is told. `engines`: None = SGLang. `version`: of these settings, if they may change. `place`:
+    Ray resource of the node that it lives on.
 
     Raises HostError.
     """
@@ -101,6 +104,7 @@ def controller_settings(
         autoscale=autoscale,
         log=str(log),
         version=version,
+        place=place,
     )
 
 

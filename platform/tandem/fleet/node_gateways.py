@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 
 from tandem.config import FleetConfig
-from tandem.fleet.ray_processes import GATEWAY_RESOURCE
+from tandem.fleet.node_cluster import gateway_place
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,6 @@ class Gateways:
 
         from tandem.gateway.deployment import deploy
 
-        placed = {GATEWAY_RESOURCE: 1.0} if config.ray.group_resources else None
         try:
             await asyncio.to_thread(
                 deploy,
@@ -56,7 +55,7 @@ class Gateways:
                 model_path=self._model_path,
                 store_url=config.state.url,
                 folder=self._folder,
-                resources=placed,
+                resources=gateway_place(config),
                 wait=False,
             )
         except (RayError, RayServeException, RuntimeError, TimeoutError) as error:
@@ -77,7 +76,8 @@ class Gateways:
                 async with asyncio.timeout(_LOOK_S):
                     await self._changed.wait()
             try:
-                status, why = await asyncio.to_thread(state)
+                assert self._wanted is not None
+                status, why = await asyncio.to_thread(state, self._wanted)
             except (RayError, RayServeException, TimeoutError) as error:
                 log.warning("Serve does not answer: %s", error)
                 continue

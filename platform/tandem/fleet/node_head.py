@@ -10,8 +10,8 @@ import asyncio
 import hashlib
 import logging
 import os
-from collections.abc import Collection, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import Collection
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ import msgspec
 
 from tandem.config import FleetConfig
 from tandem.core.heartbeat import Limits
-from tandem.fleet.cluster import LocalCluster, connect, disconnect
 from tandem.fleet.engines import Engines
 from tandem.fleet.host_steps import (
     HostError,
@@ -30,22 +29,22 @@ from tandem.fleet.host_steps import (
     fleet_record,
     run_controller,
 )
+from tandem.fleet.node_cluster import HeadCluster, joined_cluster, own_cluster, scope_of
 from tandem.fleet.node_config import read_config
 from tandem.fleet.node_follow import follow
 from tandem.fleet.node_gateways import Gateways
 from tandem.fleet.node_probe import Probe
 from tandem.fleet.node_process import RUN_FOLDER, make_folder
-from tandem.fleet.node_ray import NodeOrders, give_orders
+from tandem.fleet.node_ray import NodeOrders
 from tandem.fleet.plan import wanted_groups
-from tandem.fleet.ray_processes import GcsSettings, NodePlace
-from tandem.fleet.snapshot import DESIRED, FLEET_KEY
+from tandem.fleet.ray_guest import head_resource, ranks_folder
+from tandem.fleet.snapshot import DESIRED, FLEET_KEY, GROUPS
 from tandem.state import Store, StoreError, open_store
 
 log = logging.getLogger(__name__)
 
-_PATIENCE_S = 1800.0
-"""A head may be away for so long, while its pod and its volume are moved, before nodes give up and start anew."""
 _STORE_AGAIN_S = 2.0
+_LEAVE_S = 15.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +57,8 @@ class HeadSettings:
     """Its address."""
     data: Path
     """What Ray remembers, and logs; on a volume, a head that is moved goes on with what was."""
+    name: str = ""
+    """What Ray calls it in a cluster that is not its own; empty = its address."""
     gcs_port: int = 6380
     run: Path = RUN_FOLDER
     state_url: str = ""
@@ -80,7 +81,7 @@ class Head:
         os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
         self._folder = make_folder(settings.run, settings.host)
         self._missing = "it has just been started"
-        self._cluster: LocalCluster | None = None
+        self._cluster: HeadCluster | None = None
 
     def own(self) -> Collection[int]:
         """PIDs of the children that somebody waits for."""
@@ -109,15 +110,17 @@ class Head:
         model = ServedModel.of(config, self._settings.run)
         await check_model(config, model)
         async with AsyncExitStack() as stack:
-            cluster = stack.enter_context(self._ray(config, model))
+            cluster = await stack.enter_async_context(self._ray(config, model))
             store = await self._open_store(stack, config)
+            if config.ray.address is not None:
+                stack.push_async_callback(self._leave_nothing, store, config)
             await self._remember(store, config, model)
             self._missing = "the controller has not answered yet"
             await self._run_controller(config, model)
             gateways = Gateways(model_path=model.path, folder=self._folder / "store")
             gateways.want(config)
             self._missing = ""
-            log.info("the head is up: GCS at %s, control service on port %d", cluster.address, config.control.port)
+            log.info("the head is up: control service on port %d", config.control.port)
             tasks = [
                 asyncio.create_task(self._tend(cluster), name="cluster"),
                 asyncio.create_task(gateways.keep(), name="gateways"),
@@ -158,29 +161,39 @@ class Head:
 
     # -- the parts
 
-    @contextmanager
-    def _ray(self, config: FleetConfig, model: ServedModel) -> Iterator[LocalCluster]:
-        settings = self._settings
+    def _ray(self, config: FleetConfig, model: ServedModel) -> AbstractAsyncContextManager[HeadCluster]:
+        settings, folder = self._settings, self._folder / "r"
         settings.data.mkdir(mode=0o700, parents=True, exist_ok=True)
-        gcs = GcsSettings(port=settings.gcs_port, memory=settings.data / "gcs", patience=_PATIENCE_S)
-        # No rank is placed here, and no gateway.
-        place = NodePlace(host=settings.host, offers={})
-        self._cluster = cluster = LocalCluster.start(self._folder / "r", [place], gcs=gcs)
-        log.info("Ray's GCS is at %s", cluster.address)
-        try:
-            tiny = "" if config.model.path else str(model.path)
-            forked = config.device == "cpu" and self._engines is None
-            orders = NodeOrders(device=config.device, nursery=forked, tiny=tiny)
-            cluster.tell_nodes(lambda client: give_orders(client, orders))
-            connect(cluster.address, namespace=config.ray.namespace or f"tandem-{config.name}", host=settings.host)
-            yield cluster
-        finally:
-            log.info("the head ends")
-            # Only this node's: ranks and gateways live on elsewhere.
-            disconnect()
-            cluster.stop()
+        tiny = "" if config.model.path else str(model.path)
+        forked = config.device == "cpu" and self._engines is None
+        orders = NodeOrders(device=config.device, nursery=forked, tiny=tiny)
+        if config.ray.address is None:
+            return own_cluster(
+                config,
+                orders,
+                folder=folder,
+                host=settings.host,
+                port=settings.gcs_port,
+                memory=settings.data / "gcs",
+                began=self._began,
+            )
+        return joined_cluster(
+            config,
+            orders,
+            folder=folder,
+            host=settings.host,
+            name=settings.name or settings.host,
+            told=self._tell,
+            began=self._began,
+        )
 
-    async def _tend(self, cluster: LocalCluster) -> None:
+    def _began(self, cluster: HeadCluster) -> None:
+        self._cluster = cluster
+
+    def _tell(self, why: str) -> None:
+        self._missing = why or "the controller has not answered yet"
+
+    async def _tend(self, cluster: HeadCluster) -> None:
         raise HostError(await cluster.tend())
 
     async def _open_store(self, stack: AsyncExitStack, config: FleetConfig) -> Store:
@@ -195,6 +208,23 @@ class Head:
                 log.warning("%s", error)
                 await asyncio.sleep(_STORE_AGAIN_S)
 
+    async def _leave_nothing(self, store: Store, config: FleetConfig) -> None:
+        """Take the gateways out of another's Serve when the fleet ends: when it has been left without a group, and
+        wants none. Otherwise the next head goes on with them."""
+        from ray.exceptions import RayError
+        from ray.serve.exceptions import RayServeException
+
+        from tandem.gateway.deployment import remove
+
+        try:
+            async with asyncio.timeout(_LEAVE_S):
+                if await store.list(DESIRED) or await store.list(GROUPS):
+                    return
+                await asyncio.to_thread(remove, config)
+                log.info("the fleet has no group any more: its gateways are taken out of Ray Serve")
+        except (StoreError, RayError, RayServeException, RuntimeError, TimeoutError) as error:
+            log.warning("Ray Serve may still list the gateways of fleet %s: %s", config.name, error)
+
     async def _remember(self, store: Store, config: FleetConfig, model: ServedModel) -> None:
         """At the fleet's very first start, note what it has in common and the groups that it begins with. Later these
         are others' to change, and the weights may have been."""
@@ -208,13 +238,18 @@ class Head:
         from tandem.fleet.rank import RankSettings
 
         self._logs.mkdir(exist_ok=True)
+        ranks = RankSettings(limits=Limits.within(config.timeouts.hang_s, config.device))
+        if scope := scope_of(config):  # others may have ranks of the same name on those nodes
+            folder = ranks_folder(scope)
+            ranks = msgspec.structs.replace(ranks, logs=str(folder / "logs"), scratch=str(folder))
         settings = controller_settings(
             config,
             model,
-            RankSettings(limits=Limits.within(config.timeouts.hang_s, config.device)),
+            ranks,
             store_folder=self._folder,
             log=self._logs / "controller.log",
             engines=self._engines,
+            place=head_resource(scope),
             version=_digest(config.model_dump(mode="json", exclude={"gateway", "tenants", "default_tenant", "oidc"})),
         )
         await run_controller(settings)

@@ -15,7 +15,8 @@ from tandem.fleet.node_probe import Probe
 from tandem.fleet.node_process import RUN_FOLDER, make_folder
 from tandem.fleet.node_ray import JoinedNode, NodeOrders
 from tandem.fleet.nursery import NurseryProcess
-from tandem.fleet.ray_processes import GATEWAY_RESOURCE, RANK_RESOURCE, NodePlace, group_resource
+from tandem.fleet.ray_guest import gateway_resource
+from tandem.fleet.ray_processes import RANK_RESOURCE, NodePlace, group_resource
 from tandem.gateway.stop_socket import (
     LINGER_VARIABLE,
     NODE_FOLDER_VARIABLE,
@@ -38,6 +39,8 @@ class JoinSettings:
     """Its address."""
     gcs: str
     """"name:port" of the fleet's head; dialled by name, so that a head at another address is found."""
+    ray_namespace: str = ""
+    """Of the fleet, where `gcs` is a Ray cluster that is not its own; empty = it is."""
     group: str = ""
     """The group whose ranks it is for; empty = it is a gateway's."""
     gpus: int = 0
@@ -66,7 +69,12 @@ class Joined:
         os.environ[NODE_FOLDER_VARIABLE], os.environ[LINGER_VARIABLE] = str(self._folder), str(settings.linger)
         place = NodePlace(host=settings.host)
         self._node = JoinedNode(
-            self._folder / "r", place, settings.gcs, name=settings.name or settings.host, told=self._tell
+            self._folder / "r",
+            place,
+            settings.gcs,
+            name=settings.name or settings.host,
+            told=self._tell,
+            fleet=settings.ray_namespace,
         )
 
     def own(self) -> Collection[int]:
@@ -114,7 +122,7 @@ class Joined:
     def _resources(self, orders: NodeOrders) -> dict[str, float]:
         settings = self._settings
         if not settings.group:
-            return {"CPU": 0.0, GATEWAY_RESOURCE: 1.0}
+            return {"CPU": 0.0, gateway_resource(settings.ray_namespace): 1.0}
         own = {RANK_RESOURCE: 1.0, group_resource(settings.group): 1.0}
         if orders.device == "cpu":
             return {"CPU": 0.0, **own}

@@ -19,6 +19,7 @@ import msgspec
 
 from tandem.engine import guard
 from tandem.fleet.ray_children import RayProcess, end, held, kill
+from tandem.fleet.ray_guest import guest_command
 from tandem.fleet.ray_processes import ClusterError, NodePlace, Session, raylet_command
 
 log = logging.getLogger(__name__)
@@ -46,18 +47,27 @@ class NodeOrders(msgspec.Struct, frozen=True, kw_only=True):
     """Folder in which the node makes the tiny model; empty = the model is there already."""
 
 
-def give_orders(client: Any, orders: NodeOrders) -> None:
-    """Leave the orders where nodes find them. `client`: Ray's GcsClient."""
-    client.internal_kv_put(ORDERS_KEY, msgspec.json.encode(orders), True, ORDERS_NAMESPACE)
+def give_orders(client: Any, orders: NodeOrders, fleet: str = "") -> None:
+    """Leave the orders where nodes find them. `client`: Ray's GcsClient. `fleet`: as of JoinedNode."""
+    client.internal_kv_put(_orders_key(fleet), msgspec.json.encode(orders), True, ORDERS_NAMESPACE)
+
+
+def _orders_key(fleet: str) -> bytes:
+    return ORDERS_KEY + b"/" + fleet.encode() if fleet else ORDERS_KEY
 
 
 class JoinedNode:
     """This machine as a node of the cluster whose GCS is at `gcs`."""
 
-    def __init__(self, folder: Path, place: NodePlace, gcs: str, *, name: str, told: Callable[[str], None]) -> None:
+    def __init__(
+        self, folder: Path, place: NodePlace, gcs: str, *, name: str, told: Callable[[str], None], fleet: str = ""
+    ) -> None:
         """`folder`: for Ray's session, of a short path; emptied first. `name`: what Ray calls the node. `told` hears in
-        one sentence why the node is not there; empty = it is."""
+        one sentence why the node is not there; empty = it is. `fleet`: Ray namespace of the fleet, where the cluster is
+        not its own; empty = it is."""
         shutil.rmtree(folder / "ray", ignore_errors=True)
+        self._folder = folder
+        self._fleet = fleet
         self._session = Session(folder)
         self._session.make()
         self._place = place
@@ -87,19 +97,33 @@ class JoinedNode:
     async def keep(self, resources: Mapping[str, float]) -> None:
         """Be a node for ever. Await it in the main thread, with which Ray's processes die."""
         while True:
+            await self.join(resources)
+            self._say(f"{await self.lost()}; another one is started")
+            await self.leave()
+            await asyncio.sleep(_AGAIN_S)
+
+    async def join(self, resources: Mapping[str, float]) -> None:
+        """Become a node, as long as that takes. Await it in the main thread."""
+        while True:
             await self._reach()
             try:
                 await self._join(resources)
+                return
             except ClusterError as error:
                 self._say(str(error))
                 await self.leave()
                 await asyncio.sleep(_AGAIN_S)
-                continue
-            assert self._raylet is not None
-            await asyncio.wrap_future(self._raylet.ended)
-            self._say(f"{self._raylet.epitaph()}; another one is started")
-            await self.leave()
-            await asyncio.sleep(_AGAIN_S)
+
+    async def lost(self) -> str:
+        """Wait until this machine, which has joined, is no node any more; return how that came about."""
+        assert self._raylet is not None
+        await asyncio.wrap_future(self._raylet.ended)
+        return self._raylet.epitaph()
+
+    def tell_nodes(self, tell: Callable[[Any], None]) -> None:
+        """Give `tell` Ray's GcsClient, to leave something there that every node can read. Raises ClusterError."""
+        client, _ = self._connect()
+        tell(client)
 
     async def leave(self) -> None:
         """End the raylet and all that it started."""
@@ -154,22 +178,28 @@ class JoinedNode:
     async def _join(self, resources: Mapping[str, float]) -> None:
         client, cluster = await asyncio.to_thread(self._connect)
         self._starts += 1
-        node = secrets.token_hex(28)
-        command = raylet_command(
-            self._session,
-            self._place,
-            number=self._starts,
-            node=node,
-            gcs=self._gcs,
-            cluster=cluster,
-            resources=resources,
-            name=self._name,
-        )
+        node, name = secrets.token_hex(28), self._name
+        if self._fleet:  # `ray start` draws the id itself: there the node is found by a name that no other has
+            name = f"{self._name}-{node[:8]}"
+            command = guest_command(
+                self._place, gcs=self._gcs, name=name, folder=self._folder / "ray", resources=resources
+            )
+        else:
+            command = raylet_command(
+                self._session,
+                self._place,
+                number=self._starts,
+                node=node,
+                gcs=self._gcs,
+                cluster=cluster,
+                resources=resources,
+                name=name,
+            )
         # Here, not in a thread: the raylet dies with the thread that started it.
         self._raylet = RayProcess(f"raylet_{self._starts}", self._place, command, self._session)
-        await asyncio.to_thread(self._wait_registered, client, node, self._raylet)
-        self.node = node
-        log.info("joined the fleet at %s as node %s (PID %d)", self._gcs, node, self._raylet.pid)
+        known = (lambda _, info: info.node_name == name) if self._fleet else (lambda found, _: found == node)
+        self.node = await asyncio.to_thread(self._wait_registered, client, known, self._raylet)
+        log.info("joined the fleet at %s as node %s (PID %d)", self._gcs, self.node, self._raylet.pid)
         self._told("")
 
     def _connect(self) -> tuple[Any, str]:
@@ -181,7 +211,8 @@ class JoinedNode:
         except Exception as error:  # Ray has many kinds, some its own, some not
             raise ClusterError(f"the GCS at {self._gcs} does not answer: {error}") from error
 
-    def _wait_registered(self, client: Any, node: str, raylet: RayProcess) -> None:
+    def _wait_registered(self, client: Any, known: Callable[[str, Any], bool], raylet: RayProcess) -> str:
+        """Wait until Ray has the node that is `known` by its id (hex) and what Ray says of it; return its id."""
         ends = time.monotonic() + _REGISTER_S
         while time.monotonic() < ends:
             if raylet.ended.done():
@@ -190,15 +221,16 @@ class JoinedNode:
                 infos = client.get_all_node_info(timeout=_CONNECT_S)
             except Exception as error:
                 raise ClusterError(f"the GCS at {self._gcs} does not answer: {error}") from error
-            if any(info.state == 0 and id_.hex() == node for id_, info in infos.items()):
-                return
+            for node, info in infos.items():
+                if info.state == 0 and known(node.hex(), info):
+                    return str(node.hex())
             time.sleep(_LOOK_S)
         raise ClusterError(f"Ray did not take this node within {_REGISTER_S:.0f} s; the logs are in {raylet.log}")
 
     def _ask_orders(self) -> NodeOrders:
         client, _ = self._connect()
         try:
-            value = client.internal_kv_get(ORDERS_KEY, ORDERS_NAMESPACE, timeout=_CONNECT_S)
+            value = client.internal_kv_get(_orders_key(self._fleet), ORDERS_NAMESPACE, timeout=_CONNECT_S)
         except Exception as error:
             raise ClusterError(f"the GCS at {self._gcs} does not answer: {error}") from error
         if value is None:

@@ -15,6 +15,8 @@ from ray.util import placement_group, placement_group_table, remove_placement_gr
 from ray.util.placement_group import PlacementGroup, get_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from tandem.core.types import NO_NODES
+
 PREFIX = "group/"
 _SLICE_S = 2.0
 """A thread that waits for a placement comes back so often, so that it can be given up."""
@@ -101,9 +103,9 @@ def _missing(nodes: int, bundle: Mapping[str, float]) -> str:
     try:
         alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     except RayError as error:
-        return f"waits for {nodes} nodes with {wanted} each; Ray does not answer: {error}"
+        return f"{NO_NODES}: {nodes} with {wanted} each; Ray does not answer: {error}"
     fit = sum(all(offered.get(name, 0.0) >= amount for name, amount in bundle.items()) for offered in alive)
     return (
-        f"waits for {nodes} nodes with {wanted} free on each; "
+        f"{NO_NODES}: {nodes} with {wanted} free on each; "
         f"of the cluster's {len(alive)} nodes, {fit} have that, free or taken"
     )

@@ -151,7 +151,7 @@ class Gateway:
         """Tell load balancers that ask for its health to send requests to others; take what comes all the same."""
         assert self._pages is not None, "it is left only after it was opened"
         assert self._grpc is not None, "it is left only after it was opened"
-        self._pages.leaving = True
+        self._pages.leaving = self._http.leaving = True
         self._grpc.health_changed()
 
     async def stop(self, grace: float) -> None:

@@ -31,7 +31,7 @@ from tandem.gateway.stop_socket import (
     serve_stop,
 )
 
-APPLICATION = "tandem-gateway"
+_APPLICATION = "tandem-gateway"
 _LOOK_S = 0.1
 
 
@@ -116,16 +116,23 @@ def deploy(
     # Serve would draw a new one at each call, and restart every replica for it. Its option for that is gone.
     gateway._version = _version(config, model_path, store_url)
     bound = gateway.bind(config.model_dump_json(), str(model_path), store_url, str(folder))
-    target = serve.RunTarget(bound, name=APPLICATION, route_prefix=None)
+    target = serve.RunTarget(bound, name=_application(config), route_prefix=None)
     # Our own wait has a deadline, Serve's has none.
     serve.run_many([target], wait_for_applications_running=False)
     if wait:
-        _wait_until_running(deadline, given_up or threading.Event())
+        _wait_until_running(config, deadline, given_up or threading.Event())
 
 
-def state() -> tuple[str, str]:
+def _application(config: FleetConfig) -> str:
+    """Its name in Serve, of which a cluster has one for all."""
+    if config.ray.address is None:
+        return _APPLICATION
+    return f"{_APPLICATION}-{config.ray.namespace or config.name}"
+
+
+def state(config: FleetConfig) -> tuple[str, str]:
     """What Serve says of the gateways (`RUNNING`, `DEPLOYING`, `DEPLOY_FAILED`, …), and why. Raises RayError."""
-    application = serve.status().applications.get(APPLICATION)
+    application = serve.status().applications.get(_application(config))
     if application is None:
         return "NOT_STARTED", ""
     # The application's message only names the deployment that failed; why it did is in the deployment's own.
@@ -143,10 +150,10 @@ def _version(config: FleetConfig, model_path: Path, store_url: str) -> str:
     return hashlib.sha256("\0".join((told, str(model_path), store_url)).encode()).hexdigest()[:16]
 
 
-def _wait_until_running(deadline: float, given_up: threading.Event) -> None:
+def _wait_until_running(config: FleetConfig, deadline: float, given_up: threading.Event) -> None:
     end = time.monotonic() + deadline
     while not given_up.wait(_LOOK_S):
-        status, why = state()
+        status, why = state(config)
         if status == "RUNNING":
             return
         if status == "DEPLOY_FAILED" or time.monotonic() > end:
@@ -177,6 +184,9 @@ def _place(host: str) -> dict[str, float]:
     return {f"node:{node['NodeManagerAddress']}": 0.001 for node in nodes if node["NodeID"] == here}
 
 
-def remove() -> None:
-    """Stop the gateways and Serve itself; they drain first."""
-    serve.shutdown()
+def remove(config: FleetConfig) -> None:
+    """Stop the gateways, which drain first; and Serve itself, unless the cluster is somebody else's."""
+    if config.ray.address is None:
+        serve.shutdown()
+    else:
+        serve.delete(_application(config))

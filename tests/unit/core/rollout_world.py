@@ -9,6 +9,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from tandem.core.rollout import roll
+from tandem.core.rollout_check import is_held_back, is_waiting
 from tandem.core.rollout_types import Action, Create, Member, Memory, Plan, Pool, Remove, Rules, Status
 from tandem.core.types import GroupState, Role
 
@@ -25,6 +26,10 @@ class World:
     nodes: int | None = None
     """Groups that find nodes; None = all."""
     plans: dict[Role, Plan] = field(default_factory=dict)
+    prompts: bool = False
+    """Whether the first group of a revision is asked a prompt before it serves; else it serves as it is ready."""
+    by_hand: set[str] = field(default_factory=set)
+    """Groups that somebody has cordoned."""
     formats: dict[str, str] = field(default_factory=dict)
     """KV format of each revision that was ever wanted."""
 
@@ -89,18 +94,57 @@ class World:
             for one in self.members(role):
                 able = one.state in (GroupState.STARTING, GroupState.FAILED) and one.placed is not None
                 if one.group in groups or (not groups and able and not one.leaving):
+                    held = self.held(one)
                     self.put(
                         one.group,
-                        state=GroupState.READY,
-                        ready_since=self.now,
-                        served=True,
+                        state=GroupState.CORDONED if held else GroupState.READY,
+                        ready_since=None if held else self.now,
+                        served=not held,
                         placed=one.placed or self.now,
                     )
+
+    def held(self, one: Member) -> bool:
+        """Whether it is kept from serving until it has answered a prompt."""
+        return is_held_back(one, self.memory(one.role))
+
+    def waiting(self) -> list[Member]:
+        """Groups that are up and held back."""
+        return [one for role in self.pools for one in self.alive(role) if is_waiting(one, self.memory(role))]
+
+    def answer(self, *groups: str, wrong: str = "") -> None:
+        """Groups that wait are asked, or some of them; those that have a partner that is up answer, or need none."""
+        up = (GroupState.READY, GroupState.CORDONED)
+        for one in self.waiting():
+            other = P if one.role is D else D
+            partners = [two for two in self.members(other) if two.state in up and two.pairs_with == one.pairs_with]
+            if groups and one.group not in groups:
+                continue
+            if wrong:
+                self.put(one.group, canary_failed=wrong)
+            elif partners or other not in self.pools or not self.pools[other].groups:
+                self.put(one.group, checked=True)
+        self.cordon_or_not()
+
+    def cordon_or_not(self) -> None:
+        """Who is held back serves nobody; who is not any more, does."""
+        for role in self.pools:
+            for one in self.members(role):
+                if one.state is GroupState.CORDONED and one.group not in self.by_hand and not self.held(one):
+                    self.put(one.group, state=GroupState.READY, ready_since=self.now, served=True)
+                elif one.state is GroupState.READY and self.held(one):
+                    self.put(one.group, state=GroupState.CORDONED, ready_since=None)
 
     def fail(self, group: str, times: int = 1) -> None:
         one = self.find(group)
         failures = one.failures + times
-        self.put(group, state=GroupState.FAILED, ready_since=None, failures=failures, reason="rank 1 died")
+        self.put(
+            group,
+            state=GroupState.FAILED,
+            ready_since=None,
+            failures=failures,
+            checked=not one.canary,
+            reason="rank 1 died",
+        )
 
     def find(self, group: str) -> Member:
         return next(one for role in Role for one in self.members(role) if one.group == group)
@@ -132,6 +176,7 @@ class World:
         for role, plan in self.plans.items():
             for action in plan.actions:
                 self.do(role, action)
+        self.cordon_or_not()
         return [action for plan in self.plans.values() for action in plan.actions]
 
     def do(self, role: Role, action: Action) -> None:
@@ -144,6 +189,8 @@ class World:
                 revision=action.revision,
                 kv_format=self.formats[action.revision],
                 state=GroupState.STARTING,
+                canary=self.prompts and action.canary,
+                checked=not (self.prompts and action.canary),
             )
             self.want(role, members=(*self.members(role), new))
 
@@ -154,6 +201,7 @@ class World:
             self.empty()
             self.place()
             self.serve()
+            self.answer()
             self.now += 40
         self.step()
 

@@ -66,7 +66,7 @@ def test_with_none_wanted_all_go_and_the_last_pair_too() -> None:
 def test_a_change_begins_with_one_group() -> None:
     fleet = world(decode=3, max_surge=3)
     change(fleet, D)
-    assert fleet.step() == [Create(group="decode-3", revision="B")]
+    assert fleet.step() == [Create(group="decode-3", revision="B", canary=True)]
     assert fleet.status(D).message == "decode-3 is the first group of revision B: starting"
 
 
@@ -114,7 +114,7 @@ def test_without_surge_a_group_goes_first_and_the_new_one_takes_its_place() -> N
     change(fleet, D)
     assert fleet.step() == [
         Remove(group="decode-2", reason="makes room for the first group of revision B"),
-        Create(group="decode-3", revision="B"),
+        Create(group="decode-3", revision="B", canary=True),
     ]
 
 
@@ -165,7 +165,7 @@ def test_a_pool_that_had_no_group_begins_with_the_canary_alone() -> None:
     change(fleet, D)
     fleet.step()
     fleet.want(D, groups=3)
-    assert fleet.step() == [Create(group="decode-0", revision="B")]
+    assert fleet.step() == [Create(group="decode-0", revision="B", canary=True)]
     fleet.run()
     assert fleet.revisions(D) == "B B B"
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from rollout_world import D, P, World
 
-from tandem.core.rollout_types import Action, Create, Phase, Pool, Remove, Rules
+from tandem.core.rollout_types import Action, Create, Member, Phase, Pool, Remove, Rules
 from tandem.core.types import GroupState, Role
 
 roles = st.sampled_from(Role)
@@ -30,15 +30,25 @@ class Rollouts(RuleBasedStateMachine):
         self.world = World({})
         self.risky: set[tuple[Role, str]] = set()
         """Bad revisions that came when there was a good one."""
+        self.shown: set[tuple[Role, str]] = set()
+        """Revisions that have shown that they serve."""
         self.end = "good"
 
-    @initialize(prefill=numbers, decode=numbers, bounds=st.tuples(bounds, bounds), rollback=either, end=kinds)
+    @initialize(
+        groups=st.tuples(numbers, numbers), bounds=st.tuples(bounds, bounds), rollback=either, prompts=either, end=kinds
+    )
     def begin(
-        self, prefill: int, decode: int, bounds: tuple[tuple[int, int], tuple[int, int]], rollback: bool, end: str
+        self,
+        groups: tuple[int, int],
+        bounds: tuple[tuple[int, int], tuple[int, int]],
+        rollback: bool,
+        prompts: bool,
+        end: str,
     ) -> None:
-        for role, groups, (surge, unavailable) in zip(Role, (prefill, decode), bounds, strict=True):
+        self.world.prompts = prompts
+        for role, number, (surge, unavailable) in zip(Role, groups, bounds, strict=True):
             rules = Rules(max_surge=surge, max_unavailable=unavailable, canary_s=30, progress_s=100, rollback=rollback)
-            self.world.pools[role] = Pool(role=role, groups=groups, revision="good-0", kv_format="kv0", rules=rules)
+            self.world.pools[role] = Pool(role=role, groups=number, revision="good-0", kv_format="kv0", rules=rules)
         self.end = end
 
     # -- what people do
@@ -75,6 +85,7 @@ class Rollouts(RuleBasedStateMachine):
         group = self.some(pick)
         if group and self.world.find(group).state is GroupState.READY:
             self.world.put(group, state=GroupState.CORDONED, ready_since=None)
+            self.world.by_hand.add(group)
 
     def want_revision(self, role: Role, revision: str, kv_format: str) -> None:
         pool = self.world.pools[role]
@@ -118,6 +129,8 @@ class Rollouts(RuleBasedStateMachine):
             if pool.memory.good and pool.memory.failed == "":
                 self.world.want(role, memory=type(pool.memory)())
                 self.risky -= {one for one in self.risky if one[0] is role}
+                self.shown -= {one for one in self.shown if one[0] is role}
+        self.world.cordon_or_not()
 
     def come_up(self) -> None:
         for role in Role:
@@ -127,10 +140,19 @@ class Rollouts(RuleBasedStateMachine):
                 if one.revision.startswith("crash"):
                     self.world.fail(one.group)
                 elif not one.revision.startswith("slow"):
-                    self.world.serve(one.group)
-                    self.world.put(one.group, failures=0, lost=False)
-                    if one.revision.startswith("wrong"):
-                        self.world.put(one.group, canary_failed="it said Rome")
+                    self.come_up_well(one)
+
+    def come_up_well(self, one: Member) -> None:
+        """It is ready; or, if it was that before and is held back, it is asked."""
+        wrong = "it said Rome" if one.revision.startswith("wrong") else ""
+        if one in self.world.waiting() and one.group not in self.world.by_hand:
+            self.world.answer(one.group, wrong=wrong)
+            return
+        self.world.by_hand.discard(one.group)
+        self.world.serve(one.group)
+        self.world.put(one.group, failures=0, lost=False)
+        if wrong and not self.world.prompts:
+            self.world.put(one.group, canary_failed=wrong)
 
     def some(self, pick: int) -> str:
         alive = [one.group for role in self.world.pools for one in self.world.alive(role)]
@@ -154,6 +176,10 @@ class Rollouts(RuleBasedStateMachine):
         assert again == world.plans, "the order of the pools matters"
         wanted = all(pool.groups for pool in world.pools.values())
         for role, pool in world.pools.items():
+            if pool.memory.passed:
+                self.shown.add((role, pool.memory.target))
+            if pool.memory.good:
+                self.shown.add((role, pool.memory.good))
             had, had_ready = before[role]
             plan = world.plans[role]
             assert len(world.alive(role)) <= max(pool.groups + pool.rules.max_surge, had)
@@ -180,6 +206,20 @@ class Rollouts(RuleBasedStateMachine):
     def a_bad_revision_never_has_more_than_its_canary(self) -> None:
         for role, revision in self.risky:
             assert sum(one.revision == revision for one in self.world.alive(role)) <= 1
+
+    @invariant()
+    def nobody_is_sent_to_a_canary_that_has_not_answered(self) -> None:
+        for role in self.world.pools:
+            for one in self.world.ready(role):
+                assert one.checked or (role, one.revision) in self.shown, one
+
+    @invariant()
+    def nobody_is_sent_to_a_group_that_answers_wrongly(self) -> None:
+        if self.world.prompts:
+            served = {
+                (role, one.revision) for role in self.world.pools for one in self.world.members(role) if one.served
+            }
+            assert not served & {one for one in self.risky if one[1].startswith("wrong")}
 
     # -- where it ends
 

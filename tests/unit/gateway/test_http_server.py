@@ -92,6 +92,14 @@ async def site(handler: Handler = echo, **limits: float) -> AsyncIterator[Site]:
     server.abort()
 
 
+async def test_a_server_that_leaves_answers_and_asks_for_another_connection() -> None:
+    async with site() as s:
+        s.server.leaving = True
+        answer = await s.ask(POST + b"content-length: 3\r\n\r\none")
+    assert b"connection: close\r\n" in answer
+    assert answer.endswith(b"POST /echo one")
+
+
 async def test_a_connection_serves_one_request_after_another() -> None:
     async with site() as s:
         client = await s.client()

@@ -42,7 +42,7 @@ def pool(obj: Object, role: Role = Role.DECODE, replicas: int = 1) -> tuple[Obje
 def group(obj: Object, role: Role = Role.DECODE, name: str = "decode-0") -> tuple[Object, GroupSpec]:
     """A group of that pool, as it would be on the server."""
     parent, spec = pool(obj, role)
-    wanted = group_spec(parent, spec, name, "abc", kv_format_of(spec.template), cordoned=False)
+    wanted = group_spec(parent, spec, name, "abc", kv_format_of(spec.template), canary=False)
     rendered = group_object(parent, wanted)
     meta = {**rendered["metadata"], "name": f"r1-{name}", "namespace": "ai", "uid": f"{name}-uid"}
     meta["resourceVersion"] = "9"

@@ -7,38 +7,11 @@ from typing import Any
 
 import pytest
 
-from tandem_operator.kube import KubeError
 from tandem_operator.lease import LeaderLease
-from tandem_operator.names import LEASE, Key, Kind, Object
+from tandem_operator.names import LEASE, Key
+from unit.operator.lease_server import Server
 
 KEY = Key(LEASE, "ai", "tandem-operator")
-
-
-class Server:
-    """One Lease, with optimistic locking."""
-
-    def __init__(self) -> None:
-        self.lease: Object | None = None
-        self.away = False
-
-    async def get(self, key: Key) -> Object | None:
-        if self.away:
-            raise KubeError("away", 0)
-        return self.lease
-
-    async def create(self, kind: Kind, namespace: str, obj: Object) -> Object:
-        if self.lease is not None:
-            raise KubeError("there", 409)
-        self.lease = {**obj, "metadata": {**obj["metadata"], "resourceVersion": "1"}}
-        return self.lease
-
-    async def replace(self, key: Key, obj: Object) -> Object:
-        assert self.lease is not None
-        version = self.lease["metadata"]["resourceVersion"]
-        if obj["metadata"]["resourceVersion"] != version:
-            raise KubeError("faster", 409)
-        self.lease = {**obj, "metadata": {**obj["metadata"], "resourceVersion": str(int(version) + 1)}}
-        return self.lease
 
 
 class Clock:

@@ -132,12 +132,12 @@ def test_an_evicted_pod_that_is_still_listed_does_not_count() -> None:
 # -- members
 
 
-def member(there: Group, pods: PodsState, first_epoch: int = 0, good: str = "") -> Member:
+def member(there: Group, pods: PodsState, good: str = "") -> Member:
     spec = {"group": "decode-0", "role": "decode", "revision": "abc", "nodes": 2, "template": {}}
-    obj = {"metadata": {}, "spec": spec, "status": {"firstEpoch": first_epoch}}
+    obj = {"metadata": {}, "spec": spec}
     world = World()
     snapshot = replace(world.control.snapshot, groups=(there,))
-    return members_of([obj], snapshot, {}, {"decode-0": pods}, good)[0]
+    return members_of([obj], snapshot, {}, {"decode-0": pods}, good, trials={})[0]
 
 
 FAILED = Group(group="decode-0", role=Role.DECODE, epoch=7, state=GroupState.FAILED, reason="rank 0 ended")
@@ -148,13 +148,8 @@ def test_a_failed_group_is_lost_only_where_a_pod_is_gone(scheduled: int, lost: b
     assert member(FAILED, PodsState(scheduled=scheduled)).lost is lost
 
 
-@pytest.mark.parametrize(("first", "failures"), [(0, 1), (7, 1), (5, 3)])
-def test_failures_are_counted_since_the_group_was_made_and_not_since_its_id_was(first: int, failures: int) -> None:
-    assert member(FAILED, PodsState(), first).failures == failures
-
-
-def test_a_group_that_has_served_counts_no_failures() -> None:
-    assert member(replace(FAILED, weight_version="1"), PodsState(), 1).failures == 0
+def test_failures_in_a_row_are_those_that_the_fleet_tells() -> None:
+    assert member(replace(FAILED, failures=3), PodsState()).failures == 3
 
 
 @pytest.mark.parametrize(("good", "placed"), [("abc", NOW), ("other", NOW - 9000)])
@@ -205,3 +200,19 @@ async def test_an_image_that_cannot_be_pulled_is_taken_back() -> None:
         told = world.condition(world.server.objects[Key(POOL, "ai", f"r1-{role}")], "Degraded")
         assert told["reason"] in ("RevisionFailed", "PartnerFailed")
     assert any("ErrImagePull" in event for event in world.recorder.told)
+
+
+async def test_a_revision_whose_engines_end_three_times_fails_before_its_time() -> None:
+    world = World()
+    await world.look()
+    world.say(decode={"args": ["--seed=2"], "rollout": {"canarySeconds": 30}})
+    await world.look(1)
+    for number in range(2):
+        there = pod(number, "decode-1")
+        world.server.put(Key(POD, "ai", there["metadata"]["name"]), slim(there))
+    failed = replace(world.control.groups["decode-1"], state=GroupState.FAILED, failures=3, reason="rank 0 ended")
+    world.control.groups["decode-1"] = failed
+    await world.look(1)
+    assert "drain decode-1" in world.control.calls
+    told = world.condition(world.server.objects[Key(POOL, "ai", "r1-decode")], "Progressing")
+    assert "decode-1 failed 3 times in a row: rank 0 ended" in told["message"]

@@ -109,15 +109,6 @@ async def test_what_is_not_needed_any_more_is_removed() -> None:
     assert Key(STATEFUL_SET, "ai", "r1-redis") not in world.server.objects
 
 
-async def test_for_a_ray_cluster_that_is_there_nothing_is_made_and_why_is_told() -> None:
-    world = World(ray={"address": "ray:6379"})
-    await world.look()
-    assert list(world.server.objects) == [Key(FLEET, "ai", "r1")]
-    told = world.condition(world.server.objects[Key(FLEET, "ai", "r1")], "Valid")
-    assert (told["status"], told["reason"]) == ("False", "NotSupported")
-    assert "remove ray.address" in told["message"]
-
-
 # -- groups
 
 

@@ -147,6 +147,12 @@ def test_only_the_head_is_told_the_secret_url_of_redis() -> None:
     assert knowing == {"r1-head"}
 
 
+def test_only_the_head_is_given_the_tenants_of_a_secret() -> None:
+    made = platform(tenantsSecret="theirs")
+    assert {name for (_, name), body in made.items() if "theirs" in json.dumps(body)} == {"r1-head"}
+    assert [name for (_, name), body in made.items() if "TANDEM_TENANTS" in json.dumps(body)] == ["r1-head"]
+
+
 @pytest.mark.parametrize(("ray", "update"), [({}, "OnDelete"), ({"storage": "10Gi"}, "RollingUpdate")])
 def test_a_head_that_forgets_with_its_pod_is_not_replaced_by_itself(ray: dict[str, str], update: str) -> None:
     assert platform(ray=ray)[STATEFUL_SET, "r1-head"]["spec"]["updateStrategy"] == {"type": update}
@@ -190,15 +196,6 @@ def test_the_platform_image_is_for_head_and_gateway_only() -> None:
     parts = {name: body["spec"]["template"]["spec"]["containers"][0]["image"] for (kind, name), body in made.items()
              if kind is STATEFUL_SET}  # fmt: skip
     assert parts == {"r1-head": "p", "r1-gateway": "p", "r1-redis": "r"}
-
-
-# -- an existing Ray cluster
-
-
-def test_a_ray_cluster_that_is_there_is_not_supported_yet() -> None:
-    with pytest.raises(SpecError, match=r"spec\.ray\.address: .* remove ray\.address") as found:
-        fleet_spec(fleet(ray={"address": "ray-head.kuberay:6379"})["spec"])
-    assert found.value.reason == "NotSupported"
 
 
 # -- engines

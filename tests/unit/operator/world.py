@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from msgspec.structs import replace
 
+from tandem.core.group_check import CheckVerdict, GroupCheck
 from tandem.core.types import FleetSnapshot, Group, GroupSpec, GroupState, Rank, RankState
 from tandem.fleet.control_client import ControlError
 from tandem_operator.apply import Applier
@@ -79,6 +80,8 @@ class Control:
         self.desired: dict[str, GroupSpec] = {}
         self.groups: dict[str, Group] = {}
         self.calls: list[str] = []
+        self.answers: dict[str, GroupCheck] = {}
+        """What groups answer when they are checked; others answer well."""
         self.refuses = ""
 
     @property
@@ -105,7 +108,17 @@ class Control:
                 ranks=ranks,
             ),
         )
+        group = self.groups[spec.group]
+        if group.state in (GroupState.READY, GroupState.CORDONED):
+            state = GroupState.CORDONED if spec.cordoned else GroupState.READY
+            since = group.since if group.state is state else NOW
+            self.groups[spec.group] = replace(group, state=state, since=since)
         return spec
+
+    async def check(self, group: str) -> GroupCheck:
+        self.calls.append(f"check {group}")
+        answer = self.answers.get(group, GroupCheck(verdict=CheckVerdict.OK))
+        return replace(answer, epoch=self.groups[group].epoch)
 
     async def drain(
         self, group: str, deadline_s: float | None = None, *, migrate: bool = False, force: bool = False
@@ -116,6 +129,11 @@ class Control:
         self.desired[group] = replace(self.desired[group], draining=True, drain_deadline=NOW + 60)
         self.groups[group] = replace(self.groups[group], state=GroupState.DRAINING)
         return self.desired[group]
+
+    async def remove(self, group: str) -> None:
+        self.calls.append(f"remove {group}")
+        self.desired.pop(group)
+        self.groups[group] = replace(self.groups[group], state=GroupState.DRAINING)
 
     def gone(self, group: str) -> None:
         self.desired.pop(group, None)
@@ -212,6 +230,7 @@ class World:
             await reconcile_pools(self.ctx, Key(POOLS, "ai", "r1"))
             for group in self.cache.all(EP_GROUP):
                 await reconcile_group(self.ctx, key_of(EP_GROUP, group))
+            await self.ctx.checks.settled()
 
     def group(self, name: str) -> Object | None:
         return self.server.objects.get(Key(EP_GROUP, "ai", f"r1-{name}"))

@@ -68,6 +68,8 @@ class HttpServer:
         self.connections: set[_Connection] = set()
         self.tasks: set[asyncio.Task[None]] = set()
         """One for each request that is being answered; the loop itself keeps no strong reference."""
+        self.leaving = False
+        """Whether each answer asks its client to come back on another connection: this server is about to stop."""
         self.stopping = False
         self.bodies = 0
         """Bytes of bodies that are being read."""
@@ -298,7 +300,7 @@ class _Connection(asyncio.Protocol):
         assert request is not None
         request.method = parser.get_method().decode("ascii", "replace")
         request.http10 = parser.get_http_version() == "1.0"
-        request.keep_alive = parser.should_keep_alive() and not parser.should_upgrade()
+        request.keep_alive = parser.should_keep_alive() and not parser.should_upgrade() and not self._server.leaving
         head_bytes, self._head_bytes, self._idle_bytes = self._head_bytes, 0, 0
         if head_bytes > self._limits.header_bytes:
             raise _TooLarge
