@@ -147,7 +147,7 @@ def to_a_ray_cluster(world: World) -> None:
 def without_guest(world: World) -> None:
     world.kubectl("delete", "fleet", "guest", "--wait=false")
     spoil(world, "fleets/guest", {"metadata": {"finalizers": None}})
-    world.wait(gone("fleets/guest"))
+    world.wait(lambda: world.got("fleets/guest") is None)
     world.ready("1/1 2/2")
 
 

@@ -37,6 +37,8 @@ _log = logging.getLogger(__name__)
 _ORPHAN_S = 30.0
 """A group without its object is drained after this: its object may just have been made."""
 _AGAIN_S = 2.0
+_ALLOWED_S = 5.0
+"""Nothing tells the operator that it has been given a right."""
 
 
 async def reconcile_fleet(ctx: Context, key: Key) -> float | None:
@@ -58,7 +60,7 @@ async def reconcile_fleet(ctx: Context, key: Key) -> float | None:
         await ctx.recorder.tell(FLEET, fleet, error.reason, str(error), type_="Warning")
         invalid = [told("Valid", False, error.reason, f"{error}. What runs already goes on as it is.")]
         await ctx.tell_status(key, fleet, fleet.get("status") or {"phase": "Pending"}, invalid)
-        return None
+        return _ALLOWED_S if error.reason == guest.NOT_ALLOWED else None
     link = ctx.links.open(key.namespace, key.name)
     again: float | None = None
     trouble: list[str] = []

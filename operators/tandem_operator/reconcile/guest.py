@@ -22,7 +22,9 @@ from tandem_operator.render.pool import pool_of
 _AGAIN_S = 2.0
 _GIVEN_UP_S = 120.0
 """A Fleet that is being deleted waits so long for a control service that is away."""
-_NOT_ALLOWED = (
+NOT_ALLOWED = "NotAllowed"
+"""Reason of a SpecError that says what the operator lacks, not what the Fleet does."""
+_HOW_TO_ALLOW = (
     "spec.ray.address needs a finalizer on the Fleet, and the operator may not change Fleets: set"
     " operator.rayClusters to true in its chart's values"
 )
@@ -55,7 +57,7 @@ async def hold(ctx: Context, key: Key, fleet: Object) -> None:
     except KubeError as error:
         if error.status != 403:
             raise
-        raise SpecError(_NOT_ALLOWED, "NotAllowed") from error
+        raise SpecError(_HOW_TO_ALLOW, NOT_ALLOWED) from error
 
 
 async def leave(ctx: Context, key: Key, fleet: Object) -> float | None:
