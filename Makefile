@@ -28,9 +28,11 @@ down: install
 status: install
 	$(BIN)/tandem status
 
-# The unit tests two at a time; the others share fleets, and the machine.
+# The unit tests two at a time, and those on Kubernetes, which mostly wait, two files at a time, each on a control plane
+# in a network of its own; the others share fleets, and the machine.
 test: unit sdk-venv
-	$(BIN)/python -m pytest --ignore tests/unit
+	$(BIN)/python -m pytest tests/kube -n 2 --dist loadfile --durations=15
+	$(BIN)/python -m pytest --ignore tests/unit --ignore tests/kube --durations=15
 
 unit: dev
 	$(BIN)/python -m pytest tests/unit -n 2

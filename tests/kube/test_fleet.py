@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from kube.audit import Right, granted, requests
+from kube.audit import granted, requests
 from kube.cluster import Cluster
 from kube.live_fleet import MISSING_IMAGE, NAME, NEXT_IMAGE, OPERATOR_ACCOUNT, LiveFleet, install, uninstall, values
 from support.helm import helm, template
@@ -370,48 +370,14 @@ def test_an_image_that_cannot_be_pulled_stops_the_change_and_the_fleet_answers(f
         settled(fleet)
 
 
-RIGHTS = {
-    ("coordination.k8s.io", "leases"): "create get update",
-    ("tandem.dev", "fleets"): "list watch",
-    ("tandem.dev", "fleets/status"): "patch",
-    ("tandem.dev", "expertparallelpools"): "list watch create patch",
-    ("tandem.dev", "expertparallelpools/scale"): "patch",
-    ("tandem.dev", "expertparallelpools/status"): "patch",
-    ("tandem.dev", "expertparallelgroups"): "get list watch create patch delete",
-    ("tandem.dev", "expertparallelgroups/status"): "patch",
-    ("apps", "statefulsets"): "list watch create patch delete",
-    ("", "pods"): "list watch",
-    ("", "services"): "list watch create patch delete",
-    ("", "configmaps"): "list watch create patch",
-    ("policy", "poddisruptionbudgets"): "list watch create patch",
-    ("", "events"): "create patch",
-}
-"""What the operator may do, by group and resource: all of it is used in the tests above."""
-NEEDED = [Right(group, resource, verb) for (group, resource), verbs in RIGHTS.items() for verb in verbs.split()]
-
-
-def test_the_chart_grants_the_operator_what_it_needs_and_nothing_else() -> None:
+def test_the_operator_was_refused_nothing_and_has_used_each_of_its_rights(fleet: LiveFleet) -> None:
+    # In all tests above. `test_rights.py` takes each of them away.
     made = template(values=values(), apis=("policy/v1beta1",))
-    roles = [one for one in made if one["kind"] == "Role" and one["metadata"]["name"].startswith("tandem-operator")]
-    assert granted(roles) == set(NEEDED)
-
-
-@pytest.fixture(scope="module")
-def asked(fleet: LiveFleet) -> dict[Right, set[int]]:
-    """What the operator has asked for until its first use, in all tests above, and the answers' statuses."""
-    found: dict[Right, set[int]] = {}
-    for right, status in requests(fleet.cluster.control_plane.audit_log, OPERATOR_ACCOUNT, fleet.namespace):
-        found.setdefault(right, set()).add(status)
-    return found
-
-
-def test_the_role_lets_the_operator_do_all_that_it_tries(asked: dict[Right, set[int]]) -> None:
-    assert {str(right) for right, statuses in asked.items() if 403 in statuses} == set()
-
-
-@pytest.mark.parametrize("right", NEEDED, ids=str)
-def test_the_operator_uses_its_right(asked: dict[Right, set[int]], right: Right) -> None:
-    assert asked.get(right, set()) - {401, 403}
+    roles = [one for one in made if one["kind"] == "Role" and one["metadata"]["name"].startswith(OPERATOR_ACCOUNT)]
+    asked = list(requests(fleet.cluster.control_plane.audit_log, OPERATOR_ACCOUNT, fleet.namespace))
+    assert {str(right) for right, status in asked if status == 403} == set()
+    used = {right for right, status in asked if status not in (401, 403)}
+    assert {str(right) for right in granted(roles) - used} == set()
 
 
 def test_a_deleted_fleet_leaves_nothing(fleet: LiveFleet) -> None:
