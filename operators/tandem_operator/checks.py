@@ -52,19 +52,21 @@ class Checks:
         self,
         group: Object,
         epoch: int,
-        now: float,
+        now: Callable[[], float],
         ask: Callable[[], Awaitable[GroupCheck]],
         done: Callable[[Trial, Trial], Awaitable[None]],
     ) -> None:
-        """Have it asked, unless that goes on already. `done` is given what was known before, and what is known then."""
+        """Have it asked, unless that goes on already. `done` is given what was known before, and what is known then.
+        `now`: the clock (Unix seconds)."""
         uid, name = group["metadata"]["uid"], group["metadata"]["name"]
         if uid in self._tasks:
             return
-        self._asked[uid] = (epoch, now)
+        self._asked[uid] = (epoch, now())
 
         async def run() -> None:
             try:
                 answer = await ask()
+                self._asked[uid] = (epoch, now())  # it may have taken longer than one waits until the next
                 before = self.trial(group)
                 self._trials[uid] = note(before, answer)
                 await done(before, self._trials[uid])

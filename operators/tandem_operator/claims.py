@@ -40,6 +40,7 @@ class Claims:
         gained: Callable[[str], None],
         waits: Callable[[str, str], Awaitable[None]],
         lost: asyncio.Event,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         """A namespace is claimed while it is `needed`. `gained(namespace)` is called when it may be acted on, and
         `waits(namespace, holder)` now and then while another release has it. Others take over `duration` seconds after
@@ -51,6 +52,7 @@ class Claims:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._told: dict[str, str] = {}
         self._lost = lost
+        self._clock = clock
 
     def may_act(self, namespace: str) -> bool:
         """Whether it is this release's; if it was not claimed yet, that begins. Where nothing is, nothing is to do."""
@@ -70,7 +72,8 @@ class Claims:
             self._forget(namespace)
 
     async def _tend(self, namespace: str) -> None:
-        claim = _Claim(self._kube, Key(LEASE, namespace, CLAIM), self._release, duration=self._duration)
+        key = Key(LEASE, namespace, CLAIM)
+        claim = _Claim(self._kube, key, self._release, duration=self._duration, clock=self._clock)
 
         def needed() -> bool:
             return self._needed(namespace)

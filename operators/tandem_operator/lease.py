@@ -107,6 +107,7 @@ class LeaderLease:
 
     async def try_once(self) -> bool:
         """Take or renew the lease if that is allowed; whether this replica has it now."""
+        self.ending = False  # it may be another namespace of that name by now
         try:
             lease = await self._kube.get(self._key)
             if lease is None:

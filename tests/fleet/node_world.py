@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 HEAD = "head.test"
 NETWORK, BRIDGE = "10.213.11", "tdnbr0"
 HERE = Path(__file__).parent
@@ -84,6 +86,7 @@ class World:
         return self.start(number, *TANDEM, "node", "join", *what, log=f"join-{number}.log", **{**known, **env})
 
     def close(self) -> None:
+        below = [child for process in self.running if process.poll() is None for child in _descendants(process.pid)]
         for process in reversed(self.running):
             process.send_signal(signal.SIGTERM)
         for process in self.running:
@@ -91,9 +94,19 @@ class World:
                 process.wait(15)
             process.kill()
             process.wait(10)
+        for child in below:  # `ray start` that is killed leaves its own
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        psutil.wait_procs(below, timeout=10)
         for number in range(1, self.count + 1):
             shutil.rmtree(self._etc(number), ignore_errors=True)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).children(recursive=True)
+    return []
 
 
 TANDEM = (sys.executable, "-c", "from tandem.cli.main import app; app()")

@@ -9,6 +9,7 @@ import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from node_world import World, address, ask, until, world
 
@@ -45,7 +46,7 @@ class Stage:
             gateway=GatewayConfig(host="0.0.0.0", auth="off"),
             control=ControlConfig(host="0.0.0.0"),
             state=StateConfig(url=redis),
-            ray=RayConfig(address=f"{address(RAY)}:6379", namespace="tandem-ai-guest"),
+            ray=RayConfig(address=f"{address(RAY)}:6379", namespace="tandem-ai.guest"),
         )
         self.file = made.folder / "fleet.json"
         self.file.write_text(self.config.model_dump_json())
@@ -73,7 +74,8 @@ class Stage:
         flags += (f"--temp-dir={own}", f"--plasma-directory={self.world.folder}", "--object-store-memory=80000000")
         resources = {RANK_RESOURCE: ranks} if ranks else {}
         place = (f"--node-ip-address={address(number)}", "--num-cpus=2", f"--resources={json.dumps(resources)}")
-        return self.world.start(number, *RAY_START, *place, *flags, log=f"ray-{number}.log", **TOKEN)
+        quick = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}  # at the end of the tests
+        return self.world.start(number, *RAY_START, *place, *flags, log=f"ray-{number}.log", **TOKEN, **quick)
 
     def asked(self, what: str) -> str:
         """What Ray itself says, asked on its head: `applications` of Serve, `actors` or `placements`, by name."""
@@ -151,7 +153,19 @@ async def test_the_gateway_is_on_the_node_that_came_for_it(stage: Stage, fleet: 
     url = f"http://{address(GATEWAY)}:8000"
     await asyncio.to_thread(until, lambda: ask(f"{url}/health")[0] == 200, WITHIN_S, what="the gateway")
     assert [one.url for one in (await fleet.fleet()).gateways] == [url]
-    assert stage.asked("applications") == "tandem-gateway-tandem-ai-guest"
+    assert stage.asked("applications") == "tandem-gateway-tandem-ai.guest"
+
+
+async def test_a_raylet_that_ends_in_order_is_followed_by_another(stage: Stage, fleet: ControlClient) -> None:
+    (before,) = (await fleet.fleet()).gateways
+    below = psutil.Process(stage.gateway.pid).children(recursive=True)
+    next(one for one in below if one.name() == "raylet").terminate()
+    async with asyncio.timeout(WITHIN_S):
+        async for snapshot in fleet.watch():
+            if [one.node != before.node for one in snapshot.gateways] == [True]:
+                break
+    url = f"http://{address(GATEWAY)}:8000/health"
+    await asyncio.to_thread(until, lambda: ask(url)[0] == 200, WITHIN_S, what="a gateway on the new node")
 
 
 async def test_groups_and_gateways_live_on_while_the_head_is_restarted(stage: Stage, fleet: ControlClient) -> None:

@@ -58,6 +58,8 @@ def why_not() -> str | None:
     """Why no control plane can run here, or None."""
     if os.geteuid() != 0:
         return "tests/kube needs root, to make network namespaces"
+    if any(Path(one).resolve().is_relative_to("/tmp") for one in (sys.prefix, __file__)):
+        return "tests/kube cannot run from a checkout below /tmp, of which pods have their own: put it elsewhere"
     tools = [name for name in ("ip", "nft", "nsenter") if shutil.which(name) is None]
     missing = [name for name in BINARIES if find_binary(name) is None]
     if not tools and not missing:

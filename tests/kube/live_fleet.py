@@ -206,13 +206,17 @@ class Background:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(300)
 
 
-def install(cluster: Cluster, namespace: str, folder: Path, **spec: Any) -> LiveFleet:
-    """`helm install`, without a wait."""
+def install(
+    cluster: Cluster, namespace: str, folder: Path, *, operator: dict[str, Any] | None = None, **spec: Any
+) -> LiveFleet:
+    """`helm install`, without a wait. `operator`: further values of its own."""
     programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     for image in (OPERATOR_IMAGE, ENGINE_IMAGE, NEXT_IMAGE):
         cluster.kubelet.images[image] = Image(env={"PATH": programs})
     cluster.kubelet.missing_images.add(MISSING_IMAGE)
-    _helm(cluster, "install", namespace, folder, values(**spec))
+    chosen = values(**spec)
+    chosen["operator"].update(operator or {})
+    _helm(cluster, "install", namespace, folder, chosen)
     return LiveFleet(cluster, namespace, folder)
 
 

@@ -101,7 +101,15 @@ def touched(what: str, change: Object | None, done: Callable[[Object], bool]) ->
             spoil(world, what, change)
         world.kubectl("annotate", "epg", "f-prefill-0", "--overwrite", f"tandem.dev/touched={next(NUMBERS)}")
 
-    return Step(provoke, lambda world: (now := world.got(what)) and done(now))
+    def calm_again(world: World) -> None:
+        """Else the next of these steps would take what the operator said in this one for its own."""
+
+        def said() -> str:
+            return str(world.condition("ExpertParallelGroup/f-prefill-0", "Degraded").get("message", ""))
+
+        world.wait(lambda: "the operator may not make" not in said(), "the group is well again")
+
+    return Step(provoke, lambda world: (now := world.got(what)) and done(now), calm_again)
 
 
 TOLD: list[str] = []

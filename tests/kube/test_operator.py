@@ -259,7 +259,7 @@ def test_a_fleet_that_cannot_be_says_why(world: World) -> None:
     assert "above planning.gpuBudget (1)" in world.condition("Fleet/f", "Valid")["message"]
     assert set(world.all()) == {"Fleet/f"}
     world.fleet(ray={"address": "ray.example:6379"})
-    world.wait(lambda: world.condition("Fleet/f", "Valid").get("reason") == "NotSupported")
+    world.wait(lambda: "spec.model.path" in world.condition("Fleet/f", "Valid").get("message", ""))
     assert set(world.all()) == {"Fleet/f"}
     world.fleet()
     world.ready()

@@ -17,6 +17,7 @@ from support.canary_engine import Engine, Reply, engine, good, saying
 from tandem.config import FleetConfig
 from tandem.core.group_check import CheckVerdict, GroupCheck
 from tandem.core.types import Group, GroupSpec, GroupState, Role
+from tandem.fleet.canary import FAKE_HOST
 from tandem.fleet.check import GroupChecker
 from tandem.fleet.engines import SglangEngines
 from tandem.models.tiny import tiny_config
@@ -42,6 +43,21 @@ def mute(body: dict[str, Any]) -> dict[str, Any]:
     answer = good(body)
     answer["meta_info"]["finish_reason"] = {"type": "abort", "message": "no KV"}
     return answer
+
+
+def elsewhere(body: dict[str, Any]) -> dict[str, Any]:
+    """Begins with another token than the good ones."""
+    return saying(body, [50 + n for n in range(body["sampling_params"]["max_new_tokens"])])
+
+
+def moody(body: dict[str, Any]) -> dict[str, Any]:
+    """Begins as the good ones when it is asked alone, and otherwise in a pair."""
+    return good(body) if body["bootstrap_host"] == FAKE_HOST else elsewhere(body)
+
+
+def shy(body: dict[str, Any]) -> dict[str, Any]:
+    """Answers alone, and in no pair."""
+    return good(body) if body["bootstrap_host"] == FAKE_HOST else mute(body)
 
 
 class Fleet:
@@ -106,13 +122,10 @@ async def test_another_answer_is_wrong_and_on_gpus_another_first_token(
 
 
 async def test_a_prefill_group_whose_first_token_is_another_is_wrong_on_gpus_too(fleet: Fleet) -> None:
-    def reply(body: dict[str, Any]) -> dict[str, Any]:
-        return saying(body, [50 + n for n in range(body["sampling_params"]["max_new_tokens"])])
-
     fleet.config = FleetConfig(device="cuda")
     for name in ("prefill-0", "decode-0"):
         await fleet.add(name)
-    await fleet.add("prefill-1", reply, **CANARY)
+    await fleet.add("prefill-1", elsewhere, **CANARY)
     check = await fleet.check("prefill-1")
     assert (check.verdict, check.message) == (WRONG, "decode-0 did not begin with the token that prefill-1 computed")
 
@@ -129,9 +142,43 @@ async def test_two_new_groups_of_another_format_are_compared_with_the_old_pair(f
         await fleet.add(name)
     for name in ("prefill-1", "decode-1"):
         await fleet.add(name, other, kv_format="b", **CANARY)
-    for name, partner in (("prefill-1", "decode-1"), ("decode-1", "prefill-1")):
-        check = await fleet.check(name)
-        assert (check.verdict, check.partner) == (WRONG, partner)
+    check = await fleet.check("decode-1")
+    assert (check.verdict, check.partner) == (WRONG, "prefill-1")
+    check = await fleet.check("prefill-1")
+    assert (check.verdict, check.partner) == (UNKNOWN, "decode-1")
+    blame = "does not answer well with decode-1, which serves nobody either, and is to blame: it does not answer as"
+    assert check.message.startswith(blame)
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "verdicts"),
+    [
+        (good, good, (OK, OK)),
+        (good, other, (UNKNOWN, WRONG)),
+        (good, elsewhere, (UNKNOWN, WRONG)),
+        (elsewhere, good, (WRONG, UNKNOWN)),
+        (elsewhere, elsewhere, (WRONG, UNKNOWN)),
+        (moody, elsewhere, (WRONG, UNKNOWN)),
+        (good, shy, (UNKNOWN, SILENT)),
+        (shy, good, (UNKNOWN, SILENT)),
+        (good, mute, (UNKNOWN, SILENT)),
+        (mute, good, (SILENT, UNKNOWN)),
+    ],
+)
+async def test_of_two_new_groups_at_most_one_is_to_blame(
+    fleet: Fleet, prefill: Reply, decode: Reply, verdicts: tuple[CheckVerdict, CheckVerdict]
+) -> None:
+    for name in ("prefill-0", "decode-0"):
+        await fleet.add(name)
+    await fleet.add("prefill-1", prefill, kv_format="b", **CANARY)
+    await fleet.add("decode-1", decode, kv_format="b", **CANARY)
+    assert ((await fleet.check("prefill-1")).verdict, (await fleet.check("decode-1")).verdict) == verdicts
+
+
+async def test_without_a_pair_that_serves_the_decode_group_is_to_blame(fleet: Fleet) -> None:
+    await fleet.add("prefill-1", **CANARY)
+    await fleet.add("decode-1", elsewhere, **CANARY)
+    assert ((await fleet.check("prefill-1")).verdict, (await fleet.check("decode-1")).verdict) == (UNKNOWN, WRONG)
 
 
 async def test_a_partner_that_serves_is_asked_rather_than_one_on_trial(fleet: Fleet) -> None:
@@ -224,3 +271,19 @@ async def test_a_check_that_takes_too_long_is_silence(fleet: Fleet) -> None:
     check = await fleet.check("decode-1", longest=0.05)
     assert (check.verdict, check.message) == (SILENT, "the known prompt took more than 0.05 s")
     server.close()
+
+
+async def test_one_that_answers_alone_and_is_slow_in_a_pair_is_not_silent(fleet: Fleet) -> None:
+    await fleet.add("prefill-0")
+    made = await fleet.add("decode-1", **CANARY)
+    send = made._send
+
+    async def slow(writer: asyncio.StreamWriter, text: str) -> None:
+        if made.asked[-1]["bootstrap_host"] == FAKE_HOST:
+            await send(writer, text)
+        else:
+            await writer.wait_closed()  # until it is given up
+
+    made._send = slow  # type: ignore[method-assign]
+    check = await fleet.check("decode-1", longest=1.0)
+    assert (check.verdict, check.message) == (UNKNOWN, "could not be asked as a pair within 1 s")

@@ -39,6 +39,7 @@ def test_a_secret_url_takes_the_place_of_the_configurations_own(tmp_path: Path) 
     [
         ({"state": {"url": "embedded"}}, "other nodes cannot see"),
         ({"ray": {"address": "h:1"}}, "on all nodes of that cluster"),
+        ({"ray": {"address": "auto"}}, "needs host:port"),
         ({"name": "BAD"}, "fleet.json is no fleet's configuration: name"),
     ],
 )

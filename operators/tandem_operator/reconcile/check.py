@@ -52,7 +52,8 @@ def standing(ctx: Context, group: Object, spec: GroupSpec, snapshot: FleetSnapsh
         asked=prompt,
         checked=member.checked,
         proven=not is_on_trial(member, memory),
-        held=is_held_back(member, memory),
+        # Nobody asks any more, perhaps; what answered wrongly before does not serve for that.
+        held=is_held_back(member, memory) or (bool(trial.failure) and spec.revision == memory.failed),
         trial=trial,
     )
 
@@ -70,8 +71,7 @@ def ask(ctx: Context, key: Key, group: Object, spec: GroupSpec, link: FleetLink,
     there = next((one for one in link.snapshot.groups if one.group == spec.group), None)
     if not stands.held or there is None:
         return None
-    now = ctx.now()
-    if not is_due(stands.trial, there.state, ctx.checks.asked_at(group, there.epoch), now):
+    if not is_due(stands.trial, there.state, ctx.checks.asked_at(group, there.epoch), ctx.now()):
         return None if stands.trial.failure else AGAIN_S
 
     async def done(before: Trial, trial: Trial) -> None:
@@ -79,7 +79,7 @@ def ask(ctx: Context, key: Key, group: Object, spec: GroupSpec, link: FleetLink,
         ctx.queue.add(key)
         await _tell_event(ctx, group, before, trial)
 
-    ctx.checks.begin(group, there.epoch, now, lambda: _check(link, there), done)
+    ctx.checks.begin(group, there.epoch, ctx.now, lambda: _check(link, there), done)
     return AGAIN_S
 
 
@@ -117,11 +117,11 @@ def check_status(trial: Trial) -> Object:
 def check_condition(stands: Standing, there: Group | None) -> Told:
     """Whether a canary has answered as it should."""
     trial = stands.trial
-    if not stands.asked:
-        return told("Checked", None, "NotAsked", "Its pool says canaryPrompt: false.")
-    if trial.failure:
+    if trial.failure and (stands.asked or stands.held):
         reason = "AnswersWrongly" if trial.verdict is CheckVerdict.WRONG else "NoAnswer"
         return told("Checked", False, reason, f"It serves nobody: {trial.failure}"[:_LONGEST])
+    if not stands.asked:
+        return told("Checked", None, "NotAsked", "Its pool says canaryPrompt: false.")
     if stands.checked:
         return told("Checked", True, "Answered", "It has answered the known prompt as it should.")
     if stands.proven:

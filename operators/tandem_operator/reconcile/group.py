@@ -17,6 +17,7 @@ from tandem_operator.names import (
     COSCHEDULING_GANG,
     DRAIN_FINALIZER,
     EP_GROUP,
+    FLEET,
     FORCE_DRAIN,
     POOL,
     STATEFUL_SET,
@@ -29,7 +30,7 @@ from tandem_operator.names import (
 from tandem_operator.pod_state import PodsState, pods_of
 from tandem_operator.reconcile.check import Standing, ask, check_condition, check_status, standing
 from tandem_operator.reconcile.context import Context, rfc3339, unix
-from tandem_operator.reconcile.guest import is_guest
+from tandem_operator.reconcile.guest import check_move, is_guest
 from tandem_operator.render.config import SpecError, fleet_spec
 from tandem_operator.render.group import group_children
 
@@ -62,6 +63,7 @@ async def reconcile_group(ctx: Context, key: Key) -> float | None:
         return None  # its pool goes, and this one with it
     try:
         fleet_says = fleet_spec(fleet["spec"])
+        check_move(ctx, Key(FLEET, key.namespace, spec.fleet), fleet_says)
     except SpecError:
         return None  # told of the Fleet
     link = ctx.links.open(key.namespace, spec.fleet)

@@ -14,7 +14,7 @@ from tandem_operator.api.fleet import FleetSpec
 from tandem_operator.api.pods import EnginePodOptions
 from tandem_operator.conditions import Told, told
 from tandem_operator.kube import KubeError
-from tandem_operator.names import CONFIG_MAP, FLEET, RAY_FINALIZER, Key, Object
+from tandem_operator.names import CONFIG_MAP, FLEET, RAY_FINALIZER, STATEFUL_SET, Key, Object
 from tandem_operator.reconcile.context import Context, unix
 from tandem_operator.render.config import SpecError, config_in, ray_namespace
 from tandem_operator.render.pool import pool_of
@@ -64,6 +64,9 @@ async def leave(ctx: Context, key: Key, fleet: Object) -> float | None:
     """Let a Fleet that is being deleted go as soon as it has no group in Ray any more; return when to look again."""
     if RAY_FINALIZER not in (fleet["metadata"].get("finalizers") or ()):
         return None
+    head = ctx.cache.get(_head(key))
+    if head is not None and head["spec"].get("replicas") == 0:
+        return await _when_the_head_has_gone(ctx, key, fleet, head)
     link = ctx.links.open(key.namespace, key.name)
     if not link.known:
         return _AGAIN_S
@@ -72,10 +75,11 @@ async def leave(ctx: Context, key: Key, fleet: Object) -> float | None:
         if away <= _GIVEN_UP_S:
             return _AGAIN_S
         address = (fleet["spec"].get("ray") or {}).get("address")
+        scope = ray_namespace(key.name, key.namespace)
         message = (
             f"The control service has been away for {away:.0f} s ({link.why}). What the fleet still has in the Ray"
-            f" cluster at {address} stays there: end the actors of the Ray namespace"
-            f" {ray_namespace(key.name, key.namespace)}."
+            f" cluster at {address} stays there: end the actors of the Ray namespace {scope}, remove its placement"
+            f" groups (group/…), and delete Ray Serve's application tandem-gateway-{scope}."
         )
         await ctx.recorder.tell(FLEET, fleet, "LeftBehind", message, type_="Warning")
         await _let_go(ctx, key, fleet)
@@ -90,8 +94,24 @@ async def leave(ctx: Context, key: Key, fleet: Object) -> float | None:
         return _AGAIN_S
     if snapshot.desired or snapshot.groups:
         return _AGAIN_S
+    if head is None:
+        await _let_go(ctx, key, fleet)
+        return None
+    # It takes the rest along as it ends, for which it needs the store: so it ends before that goes too.
+    await ctx.applier.patch(_head(key), {"spec": {"replicas": 0}})
+    return _AGAIN_S
+
+
+async def _when_the_head_has_gone(ctx: Context, key: Key, fleet: Object, head: Object) -> float | None:
+    asked_at = unix(fleet["metadata"]["deletionTimestamp"])
+    if (head.get("status") or {}).get("replicas") and ctx.now() - asked_at < 2 * _GIVEN_UP_S:
+        return _AGAIN_S
     await _let_go(ctx, key, fleet)
     return None
+
+
+def _head(key: Key) -> Key:
+    return Key(STATEFUL_SET, key.namespace, f"{key.name}-head")
 
 
 def placed_by_ray(spec: FleetSpec) -> Told:

@@ -57,6 +57,7 @@ def members_of(
 
 def _asked(member: Member, there: Group | None, trial: Trial, *, alone: bool) -> Member:
     """A canary, with what it has answered. One that was not asked yet has served nobody."""
+    right = trial.verdict is CheckVerdict.OK or (alone and trial.verdict is CheckVerdict.ALONE)
     checked = there is not None and is_checked(trial, there.epoch, member.state, alone=alone)
     waits = member.state is GroupState.CORDONED and not checked and trial.message
     return replace(
@@ -64,7 +65,7 @@ def _asked(member: Member, there: Group | None, trial: Trial, *, alone: bool) ->
         canary=True,
         checked=checked,
         canary_failed=trial.failure,
-        served=member.served and trial.verdict is CheckVerdict.OK,
+        served=member.served and right,
         reason=trial.message if waits else member.reason,
     )
 

@@ -40,7 +40,7 @@ from tandem_operator.names import (
 from tandem_operator.pod_state import pods_of
 from tandem_operator.reconcile.check import alone_will_do
 from tandem_operator.reconcile.context import Context
-from tandem_operator.reconcile.guest import is_guest
+from tandem_operator.reconcile.guest import check_move, is_guest
 from tandem_operator.reconcile.members import members_of, rules_of
 from tandem_operator.reconcile.remembered import Remembered, Revision, memory_key, remembered
 from tandem_operator.render.config import SpecError, fleet_spec
@@ -76,6 +76,7 @@ async def reconcile_pools(ctx: Context, key: Key) -> float | None:
         return None
     try:
         fleet_says = fleet_spec(fleet["spec"])
+        check_move(ctx, Key(FLEET, key.namespace, key.name), fleet_says)
     except SpecError:
         return None  # told of the Fleet
     pools = {role: pool for role in Role if (pool := _read(ctx, key.namespace, key.name, role)) is not None}

@@ -108,7 +108,7 @@ def config_in(config_map: Object) -> RayConfig | None:
 
 def ray_namespace(name: str, namespace: str) -> str:
     """Ray namespace of a fleet in another's cluster, where other fleets may be called the same."""
-    return f"tandem-{namespace}-{name}"
+    return f"tandem-{namespace}.{name}"  # a dot is in neither
 
 
 def _ray(name: str, namespace: str, spec: FleetSpec) -> RayConfig:

@@ -43,13 +43,14 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
 
 def note(trial: Trial, check: GroupCheck) -> Trial:
     """What is known after another answer."""
-    if trial.failure or 0 < check.epoch < trial.epoch:
+    if trial.failure:
         return trial
+    # A smaller epoch is none of the past: a fleet that lost its state counts anew.
     epoch = check.epoch or trial.epoch
     same = trial.epoch == epoch
     # What could not be asked says nothing, neither of a silence before nor of the group.
     silences = (trial.silences if same else 0) + (check.verdict is CheckVerdict.SILENT)
-    if check.verdict is CheckVerdict.OK:
+    if check.verdict in (CheckVerdict.OK, CheckVerdict.ALONE):
         silences = 0
     return Trial(epoch=epoch, verdict=check.verdict, message=check.message, silences=silences)
 

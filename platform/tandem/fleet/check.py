@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from tandem.core.group_check import CheckVerdict, GroupCheck
 from tandem.core.types import FleetSnapshot, Group, GroupSpec, GroupState, Role
-from tandem.fleet.canary import Canary, CanaryError, SilentError
+from tandem.fleet.canary import Answers, Canary, CanaryError, SilentError
 from tandem.fleet.engines import Engines, NoEngineError
 from tandem.fleet.snapshot import read_snapshot
 from tandem.fleet.weights import PROMPT, answers_exactly
@@ -29,7 +29,7 @@ class GroupChecker:
     """For all groups of a fleet. Belongs to one event loop."""
 
     def __init__(self, store: Store, engines: Engines, *, within: float = 40.0, longest: float = 170.0) -> None:
-        """Seconds that one answer may take, and a whole check."""
+        """Seconds that one answer may take, and all of a check."""
         self._store = store
         self._engines = engines
         self._within = within
@@ -44,11 +44,8 @@ class GroupChecker:
         known = None if partner is None else _known_pair(fleet, group, partner)
         involved = {one.group: one for one in (group, partner, *(known or ())) if one is not None}
         try:
-            async with asyncio.timeout(self._longest):
-                await self._ask(group, partner, known, [spec for spec in fleet.desired if spec.group in involved])
+            await self._ask(group, partner, known, [spec for spec in fleet.desired if spec.group in involved])
             verdict, message = (CheckVerdict.ALONE, _lonely(group)) if partner is None else (CheckVerdict.OK, "")
-        except TimeoutError:
-            verdict, message = CheckVerdict.SILENT, f"the known prompt took more than {self._longest:g} s"
         except SilentError as error:
             verdict, message = CheckVerdict.SILENT, str(error)
         except CanaryError as error:
@@ -70,38 +67,68 @@ class GroupChecker:
         # In a thread: the first time, command lines are made from files.
         exact = await asyncio.to_thread(lambda: all(answers_exactly(self._engines, spec) for spec in specs))
         canary = Canary(within=self._within, exact=exact, at_once=_AT_ONCE)
+        until = asyncio.get_running_loop().time() + self._longest
         try:
-            first = await canary.alone(group, prompt)
+            try:
+                async with asyncio.timeout_at(until):
+                    first = await canary.alone(group, prompt)
+            except TimeoutError as error:
+                raise SilentError(f"the known prompt took more than {self._longest:g} s") from error
             if partner is None:
                 return
-            pair = (group, partner) if group.role is Role.PREFILL else (partner, group)
             try:
-                answers = await canary.together(*pair, prompt)
-            except SilentError:
-                await self._blame(canary, partner, prompt)
-                raise
-            if group.role is Role.PREFILL and answers[0][0] != first:
-                raise CanaryError(f"the canary began with token {first} alone, and with {answers[0][0]} in a pair")
-            if known is None:
-                return
-            try:
-                expected = await canary.once(*known, prompt)
-            except CanaryError as error:
-                raise _Unknown(f"cannot be compared with {_names(known)}: {error}") from error
-            self._compare(canary, answers, expected, known)
+                async with asyncio.timeout_at(until):
+                    await self._ask_pair(canary, group, partner, known, prompt, first)
+            except TimeoutError as error:  # each answer came in its time, so it is only slow, or the others are
+                raise _Unknown(f"could not be asked as a pair within {self._longest:g} s") from error
         finally:
             await canary.close()
 
-    @staticmethod
-    async def _blame(canary: Canary, partner: Group, prompt: Sequence[int]) -> None:
-        """Raise _Unknown if a partner that serves does not answer alone either: then the pair's silence is its own. One
-        that is cordoned may be on trial itself, and is asked in its turn."""
-        if not partner.routable:
-            return
+    async def _ask_pair(
+        self,
+        canary: Canary,
+        group: Group,
+        partner: Group,
+        known: tuple[Group, Group] | None,
+        prompt: Sequence[int],
+        first: int,
+    ) -> None:
+        """`first`: the token with which the group began alone. Raises CanaryError, _Unknown."""
+        pair = (group, partner) if group.role is Role.PREFILL else (partner, group)
+        answers: Answers = ()
         try:
-            await canary.alone(partner, prompt)
+            answers = await canary.together(*pair, prompt)
+            if group.role is Role.PREFILL and answers[0][0] != first:
+                raise CanaryError(f"the canary began with token {first} alone, and with {answers[0][0]} in a pair")
+            if known is not None:
+                self._compare(canary, answers, await self._expected(canary, known, prompt), known)
         except CanaryError as error:
-            raise _Unknown(f"cannot be asked as a pair: {error}") from error
+            if partner.routable and not isinstance(error, SilentError):
+                raise
+            try:
+                token = await canary.alone(partner, prompt)
+            except CanaryError as other:  # whoever fails alone is to blame: it is asked itself, if it is on trial
+                raise _Unknown(f"cannot be asked as a pair: {other}") from other
+            if partner.routable:
+                raise
+            # Neither serves, and one of them alone must be found wrong: the other is tried again with its successor.
+            began = first if group.role is Role.PREFILL else token
+            wrong = bool(answers) and answers[0][0] != began
+            if not wrong and known is not None:
+                wrong = (await self._expected(canary, known, prompt))[0] != began
+            blamed = pair[0] if wrong else pair[1]
+            if blamed is not group:
+                why = f"does not answer well with {blamed.group}, which serves nobody either, and is to blame"
+                raise _Unknown(f"{why}: {error}") from error
+            raise
+
+    @staticmethod
+    async def _expected(canary: Canary, known: tuple[Group, Group], prompt: Sequence[int]) -> tuple[int, ...]:
+        """What the pair that serves answers. Raises _Unknown."""
+        try:
+            return await canary.once(*known, prompt)
+        except CanaryError as error:
+            raise _Unknown(f"cannot be compared with {_names(known)}: {error}") from error
 
     @staticmethod
     def _compare(

@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 _PATIENCE_S = 1800.0
 """A head may be away for so long, while its pod and its volume are moved, before nodes give up and start anew."""
 
+_END_S = 5.0
+"""For Ray to end the controller with its head."""
+
 
 def scope_of(config: FleetConfig) -> str:
     """Ray namespace by which the fleet is told apart in a cluster that is not its own; empty = it has its own."""
@@ -121,7 +124,11 @@ async def joined_cluster(
         try:
             yield cluster
         finally:
-            await asyncio.to_thread(_end_controller)
+            try:
+                async with asyncio.timeout(_END_S):
+                    await asyncio.to_thread(_end_controller)
+            except TimeoutError:
+                log.warning("Ray does not answer: the controller may stay there until the next head replaces it")
     finally:
         disconnect()
         await node.leave()

@@ -23,6 +23,8 @@ def read_config(file: Path, *, tenants: Path | None = None, state_url: str = "")
     config = with_secrets(config, tenants=tenants, state_url=state_url)
     if config.state.url.startswith("embedded"):
         raise HostError("state.url is embedded, a file that other nodes cannot see: give a redis:// URL")
+    if config.ray.address is not None and not config.ray.address.rpartition(":")[2].isdecimal():
+        raise HostError(f"ray.address is {config.ray.address}: a head needs host:port of the cluster's GCS")
     if config.ray.address is not None and config.model.path is None:
         raise HostError("ray.address is set, and model.path is not: name a folder that is on all nodes of that cluster")
     return config

@@ -19,7 +19,7 @@ import msgspec
 
 from tandem.engine import guard
 from tandem.fleet.ray_children import RayProcess, end, held, kill
-from tandem.fleet.ray_guest import guest_command
+from tandem.fleet.ray_guest import guest_command, has_raylet
 from tandem.fleet.ray_processes import ClusterError, NodePlace, Session, raylet_command
 
 log = logging.getLogger(__name__)
@@ -30,6 +30,8 @@ ORDERS_NAMESPACE, ORDERS_KEY = b"tandem", b"node"
 _PREEMPTION = 2
 """DRAIN_NODE_REASON_PREEMPTION in Ray's autoscaler.proto: the node takes nothing new, and ends by a deadline."""
 _LOOK_S = 0.1
+_GUEST_LOOK_S = 2.0
+"""`ray start` goes on without a raylet that ended in order, so we look for it ourselves."""
 _CONNECT_S = 5.0
 _AGAIN_S = 1.0
 _SAY_S = 30.0
@@ -116,9 +118,15 @@ class JoinedNode:
 
     async def lost(self) -> str:
         """Wait until this machine, which has joined, is no node any more; return how that came about."""
-        assert self._raylet is not None
-        await asyncio.wrap_future(self._raylet.ended)
-        return self._raylet.epitaph()
+        raylet = self._raylet
+        assert raylet is not None
+        ended = asyncio.wrap_future(raylet.ended)
+        while self._fleet and not ended.done():
+            await asyncio.wait({ended}, timeout=_GUEST_LOOK_S)
+            if not ended.done() and not has_raylet(raylet.pid):
+                return f"the raylet of `ray start` (PID {raylet.pid}) ended; its logs are in {raylet.log}"
+        await ended
+        return raylet.epitaph()
 
     def tell_nodes(self, tell: Callable[[Any], None]) -> None:
         """Give `tell` Ray's GcsClient, to leave something there that every node can read. Raises ClusterError."""

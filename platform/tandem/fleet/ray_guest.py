@@ -6,12 +6,14 @@ fleets may be there: what we call things is told apart by the fleet's Ray namesp
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from tandem.engine import guard
 from tandem.fleet.ray_processes import GATEWAY_RESOURCE, HEAD_RESOURCE, NodePlace, ray_folder
 
 _OBJECT_STORE_BYTES = 80 * 2**20
@@ -33,6 +35,15 @@ def ranks_folder(namespace: str) -> Path:
     return Path("/tmp") / f"tandem-{hashlib.sha256(namespace.encode()).hexdigest()[:8]}"
 
 
+def has_raylet(pid: int) -> bool:
+    """Whether a raylet runs below the process `pid`, which is `ray start`."""
+    for below in guard.descendants(pid):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if Path(f"/proc/{below}/comm").read_text().strip() == "raylet":
+                return True
+    return False
+
+
 def guest_command(place: NodePlace, *, gcs: str, name: str, folder: Path, resources: Mapping[str, float]) -> list[str]:
     """Command line of a node: it runs until the node ends, or is told to end it.
 
@@ -48,6 +59,8 @@ def guest_command(place: NodePlace, *, gcs: str, name: str, folder: Path, resour
     ray_folder()
     custom = {key: amount for key, amount in resources.items() if key not in ("CPU", "GPU")}
     return [
+        # The node has been drained as far as it is to be: Ray's own 30 s would outlast our grace, and end in SIGKILL.
+        *("env", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0"),
         *(sys.executable, "-m", "ray.scripts.scripts", "start"),
         "--block",
         f"--address={gcs}",

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import ipaddress
+import logging
 import os
 import socket
 import threading
@@ -18,6 +19,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.serve.config import ProxyLocation
+from ray.serve.exceptions import RayServeException
 
 from tandem.config import FleetConfig
 from tandem.gateway.observe.logs import configure_logs
@@ -30,6 +32,8 @@ from tandem.gateway.stop_socket import (
     STOP_SOCKET,
     serve_stop,
 )
+
+log = logging.getLogger(__name__)
 
 _APPLICATION = "tandem-gateway"
 _LOOK_S = 0.1
@@ -53,8 +57,8 @@ class _Gateway:
             node=ray.get_runtime_context().get_node_id(),
             address=ray.util.get_node_ip_address() if own else "",
         )
-        self._replica.start()
         self._linger = float(os.environ.get(LINGER_VARIABLE, "0")) if own else 0.0
+        self._replica.start()
         self._deaf = serve_stop(Path(own) / STOP_SOCKET, self._stop) if own else None
         spare_the_collector()
 
@@ -188,5 +192,10 @@ def remove(config: FleetConfig) -> None:
     """Stop the gateways, which drain first; and Serve itself, unless the cluster is somebody else's."""
     if config.ray.address is None:
         serve.shutdown()
-    else:
+        return
+    try:
         serve.delete(_application(config))
+    except RayServeException as error:  # it has never been started, or has gone
+        log.warning("there is nothing to take out of Ray Serve: %s", error)
+    except TimeoutError as error:
+        log.warning("Ray Serve has not ended the gateways yet: %s", error)

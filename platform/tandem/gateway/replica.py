@@ -67,6 +67,7 @@ class GatewayReplica:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping: asyncio.Event | None = None
         self._grace = self._linger = 0.0
+        self._telling = threading.Lock()
         self._told = threading.Event()
         """That it is to stop."""
 
@@ -107,14 +108,14 @@ class GatewayReplica:
         thread = self._thread
         if thread is None:
             return
-        first = not self._told.is_set()
-        if first:
-            self._told.set()
-            self._grace, self._linger = grace, linger
-            if self._loop is not None and self._stopping is not None:
-                # The loop may have ended by itself meanwhile.
-                with contextlib.suppress(RuntimeError):
-                    self._loop.call_soon_threadsafe(self._stopping.set)
+        with self._telling:
+            if not self._told.is_set():
+                self._grace, self._linger = grace, linger
+                self._told.set()
+                if self._loop is not None and self._stopping is not None:
+                    # The loop may have ended by itself meanwhile.
+                    with contextlib.suppress(RuntimeError):
+                        self._loop.call_soon_threadsafe(self._stopping.set)
         thread.join(self._linger + self._grace + 15)
         if thread.is_alive():
             log.error("the gateway's thread did not end %g s after its grace", 15.0)

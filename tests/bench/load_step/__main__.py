@@ -144,6 +144,8 @@ def main() -> None:
     ensure_tiny(model)
     with console.status("what one stream and many see"), fleet(model, None) as plain:
         calm, busy = asyncio.run(calibrate(plain.base, plain.status_model, options.many, options.calibrate_seconds))
+    if not math.isfinite(calm * busy):
+        raise SystemExit("the fleet answered nothing while it was measured")
     aim = math.sqrt(calm * busy)
     policy = AutoscalingConfig(min_groups=1, max_groups=2, itl_s=aim, down_cooldown_s=options.cooldown)
     with console.status(f"the step; aim {aim:.4f} s"), fleet(model, policy) as scaled:
@@ -153,7 +155,11 @@ def main() -> None:
     console.print(told(moments, clients, aim, calm, busy))
     if options.json:
         found = {"aim": aim, "calm": calm, "busy": busy, **msgspec.to_builtins(moments)}
-        options.json.write_text(json.dumps({**found, "answers": clients.answers, "failed": clients.failed}))
+        options.json.write_text(
+            json.dumps({**found, "answers": clients.answers, "failed": clients.failed, "other": clients.other})
+        )
+    if clients.failed or clients.other or moments.decided_down is None:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

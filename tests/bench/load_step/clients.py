@@ -11,6 +11,8 @@ from tandem.engine.http1 import Pool
 
 TOKENS = 120
 _WITHIN_S = 60.0
+_AGAIN_S = 1.0
+"""A fleet that refuses is not asked in a loop."""
 
 
 class Clients:
@@ -56,6 +58,7 @@ class Clients:
                 ids = await self._ask(number)
             except RequestFailed:
                 self.failed += 1
+                await asyncio.sleep(_AGAIN_S)
                 continue
             self.answers += 1
             if ids != self._first.setdefault(number, ids):

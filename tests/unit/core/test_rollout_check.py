@@ -53,9 +53,14 @@ def test_silence_counts_anew_after_an_answer_and_after_a_restart() -> None:
     assert noted(SILENT, SILENT, again).silences == 1
 
 
-def test_an_answer_of_an_older_epoch_changes_nothing() -> None:
-    old = GroupCheck(verdict=CheckVerdict.WRONG, epoch=1, message="it says Rome")
-    assert noted(OK, old) == noted(OK)
+def test_an_answer_alone_ends_a_row_of_silence() -> None:
+    assert noted(SILENT, SILENT, ALONE, SILENT).failure == ""
+
+
+def test_a_fleet_that_lost_its_state_counts_epochs_anew() -> None:
+    assert is_checked(noted(SILENT, GroupCheck(verdict=CheckVerdict.OK, epoch=1)), 1, CORDONED)
+    wrong = GroupCheck(verdict=CheckVerdict.WRONG, epoch=1, message="it says Rome")
+    assert noted(OK, wrong).failure == "it says Rome"
 
 
 def test_an_answer_alone_will_do_where_nobody_wants_a_partner() -> None:
@@ -147,6 +152,20 @@ def test_two_pools_that_change_to_another_format_at_once_check_each_other(surge:
     change(fleet, P, D, kv_format="kv2")
     fleet.run(30)
     assert (fleet.revisions(P), fleet.revisions(D)) == ("B B", "B B")
+
+
+def test_of_two_canaries_only_the_wrong_one_fails_and_the_other_tries_again_with_its_successor() -> None:
+    fleet = asking()
+    change(fleet, P, D, kv_format="kv2")
+    up(fleet)
+    fleet.answer("decode-2", wrong="it says Rome")
+    fleet.run(5)
+    assert (fleet.revisions(P), fleet.revisions(D)) == ("A A", "A A")
+    assert (fleet.memory(D).failed, fleet.memory(D).failed_with) == ("B", "")
+    assert (fleet.memory(P).failed, fleet.memory(P).failed_with) == ("B", "B")
+    change(fleet, D, to="C", kv_format="kv2")
+    fleet.run(30)
+    assert (fleet.revisions(P), fleet.revisions(D)) == ("B B", "C C")
 
 
 def test_a_new_format_in_one_pool_alone_waits_for_a_partner_to_be_asked_with() -> None:

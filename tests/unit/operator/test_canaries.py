@@ -8,9 +8,11 @@ import pytest
 from msgspec.structs import replace
 
 from tandem.core.group_check import CheckVerdict, GroupCheck
+from tandem.core.rollout_check import Trial
 from tandem.core.types import GroupState
 from tandem.fleet.control_client import ControlError
 from tandem_operator.names import EP_GROUP, POOL, STATEFUL_SET, Key, Object
+from tandem_operator.reconcile.members import members_of
 from unit.operator.world import World
 
 CALM: dict[str, Any] = {"rollout": {"canarySeconds": 30}}
@@ -72,11 +74,11 @@ async def test_groups_that_follow_the_first_are_not_asked() -> None:
 
 async def test_a_wrong_answer_ends_the_change_and_nobody_is_sent_there() -> None:
     world = await changed(WRONG)
-    uncordoned = [world.control.desired["decode-1"].cordoned]
+    held = [world.control.desired["decode-1"].cordoned]
     for _ in range(4):
         await world.look(1)
-        uncordoned.append("decode-1" in world.control.desired and world.control.desired["decode-1"].cordoned)
-    assert all(uncordoned)
+        held.append("decode-1" in world.control.desired and world.control.desired["decode-1"].cordoned)
+    assert all(held)
     assert "drain decode-1" in world.control.calls
     world.control.gone("decode-1")
     await world.look()
@@ -100,6 +102,26 @@ async def test_without_rollback_the_wrong_group_stays_and_serves_nobody() -> Non
     world.server.writes.clear()
     await world.look()
     assert world.server.writes == []
+
+
+async def test_a_group_that_answered_wrongly_does_not_serve_because_nobody_is_asked_any_more() -> None:
+    world = await changed(WRONG, rollback=False)
+    await world.look()
+    world.say(decode={"args": ["--seed=2"], "rollout": {**CALM["rollout"], "rollback": False, "canaryPrompt": False}})
+    await world.look()
+    assert world.control.desired["decode-1"].cordoned
+    assert checked(world) == ("False", "AnswersWrongly")
+    assert degraded(world)["reason"] == "RevisionFailed"
+
+
+async def test_another_revision_that_nobody_asks_goes_on_after_one_that_answered_wrongly() -> None:
+    world = await changed(WRONG, rollback=False)
+    await world.look()
+    world.say(decode={"args": ["--seed=3"], "rollout": {**CALM["rollout"], "canaryPrompt": False}})
+    await world.look()
+    assert "drain decode-1" in world.control.calls
+    assert checked(world, "decode-2") == ("Unknown", "NotAsked")
+    assert not world.control.desired["decode-2"].cordoned
 
 
 async def test_another_operator_knows_what_was_answered() -> None:
@@ -135,12 +157,33 @@ async def test_a_group_without_a_partner_is_asked_again_and_again_and_serves_nob
     assert world.control.desired["decode-1"].cordoned
 
 
+async def test_a_check_that_took_long_is_not_made_again_at_once() -> None:
+    world = await changed(ALONE)
+    answer = world.control.check
+
+    async def check(group: str) -> GroupCheck:
+        world.ctx.at += 100
+        return await answer(group)
+
+    world.control.check = check  # type: ignore[method-assign]
+    await world.look()
+    assert world.control.calls.count("check decode-1") == 1
+
+
 async def test_where_nobody_wants_a_partner_an_answer_alone_will_do() -> None:
     world = await changed(ALONE)
     world.scale("prefill", 0)
     await world.look()
     assert checked(world) == ("True", "Answered")
     assert not world.control.desired["decode-1"].cordoned
+
+
+@pytest.mark.parametrize("alone", [True, False])
+async def test_one_whose_answer_alone_was_enough_has_served(alone: bool) -> None:
+    world = await changed(ALONE)
+    groups, trials = [world.group("decode-1")], {"decode-1": Trial(epoch=1, verdict=CheckVerdict.ALONE)}
+    (member,) = members_of(groups, world.control.snapshot, {}, None, trials=trials, alone=alone)  # type: ignore[arg-type]
+    assert member.served is alone
 
 
 async def test_a_group_that_starts_again_is_asked_again() -> None:

@@ -76,9 +76,9 @@ async def test_another_look_writes_nothing() -> None:
 async def test_its_processes_are_told_the_cluster_and_how_it_is_called_there() -> None:
     world = guest(ray={"address": "ray.kuberay:6379", "authTokenSecret": {"name": "ray", "key": "auth_token"}})
     await world.look()
-    assert config(world)["ray"] == {"address": "ray.kuberay:6379", "namespace": "tandem-ai-r1"}
+    assert config(world)["ray"] == {"address": "ray.kuberay:6379", "namespace": "tandem-ai.r1"}
     gateway = environment(world, "gateway")
-    assert (gateway["TANDEM_GCS"], gateway["TANDEM_RAY_NAMESPACE"]) == ("ray.kuberay:6379", "tandem-ai-r1")
+    assert (gateway["TANDEM_GCS"], gateway["TANDEM_RAY_NAMESPACE"]) == ("ray.kuberay:6379", "tandem-ai.r1")
     for part in ("head", "gateway"):
         told = environment(world, part)
         assert told["RAY_AUTH_MODE"] == "token"
@@ -121,8 +121,10 @@ async def test_without_a_folder_of_the_model_on_its_nodes_it_is_refused() -> Non
 async def test_it_cannot_move_to_another_cluster(before: dict[str, Any], after: dict[str, Any]) -> None:
     world = guest(ray=before)
     await world.look()
+    sets = found(world, STATEFUL_SET)
     world.say(ray=after, model={"path": "/models/r1"})
     await world.look()
+    assert found(world, STATEFUL_SET) == sets
     assert "cannot be changed" in world.condition(fleet(world), "Valid")["message"]
     assert config(world)["ray"].get("address") == before.get("address")
 
@@ -156,6 +158,22 @@ async def test_a_deleted_fleet_stays_until_ray_has_none_of_its_groups() -> None:
     assert HERE not in world.server.objects
 
 
+async def test_a_deleted_fleet_waits_for_its_head_which_takes_the_gateways_along() -> None:
+    world = guest()
+    await world.look()
+    head = Key(STATEFUL_SET, "ai", "r1-head")
+    world.server.put(head, {**world.server.objects[head], "status": {"replicas": 1}})
+    for group in ("decode-0", "prefill-0"):
+        world.control.gone(group)
+    deleted(world)
+    await world.look()
+    assert HERE in world.server.objects
+    assert world.server.objects[head]["spec"]["replicas"] == 0
+    world.server.put(head, {**world.server.objects[head], "status": {"replicas": 0}})
+    await world.look()
+    assert HERE not in world.server.objects
+
+
 async def test_groups_of_a_deleted_fleet_are_not_put_again() -> None:
     world = guest()
     await world.look()
@@ -177,7 +195,7 @@ async def test_a_deleted_fleet_whose_head_is_away_goes_in_the_end_and_says_what_
     world.link.away_s, world.ctx.at = 130.0, world.ctx.at + 70
     await world.look()
     assert HERE not in world.server.objects
-    assert "end the actors of the Ray namespace tandem-ai-r1" in world.recorder.told[-1]
+    assert "delete Ray Serve's application tandem-gateway-tandem-ai.r1" in world.recorder.told[-1]
 
 
 @pytest.mark.parametrize(
