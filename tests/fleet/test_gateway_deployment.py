@@ -41,7 +41,7 @@ def folder() -> Iterator[Path]:
     try:
         yield root
     finally:
-        deployment.remove()
+        deployment.remove(FleetConfig(name=FLEET))
         ray.shutdown()
         shutil.rmtree(root, ignore_errors=True)
 

@@ -39,7 +39,7 @@ def folder() -> Iterator[Path]:
         try:
             yield root
         finally:
-            deployment.remove()
+            deployment.remove(FleetConfig(name=FLEET))
             disconnect()
             cluster.stop()
 
@@ -63,7 +63,7 @@ def test_replicas_go_to_the_node_that_has_their_address(folder: Path) -> None:
     for address in ("127.0.0.3", "127.0.0.2"):
         deploy(folder, GatewayConfig(host=address, port=0, grpc_port=0, replicas=2))
         assert asyncio.run(gateway_nodes(folder)) == {address}
-        deployment.remove()
+        deployment.remove(FleetConfig(name=FLEET))
 
 
 @pytest.mark.timeout(120)
