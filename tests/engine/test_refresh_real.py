@@ -83,10 +83,12 @@ def test_streams_go_on_while_every_group_takes_other_weights_and_each_is_of_one_
 
 
 def test_every_group_answers_the_known_prompt_as_the_others_do_and_a_cordoned_one_too(four_groups: Fleet) -> None:
+    groups = sorted(lives(four_groups))
+
     async def ask(control: ControlClient) -> list[GroupCheck]:
         await control.cordon("decode-1")
         try:
-            return [await control.check(group) for group in sorted(lives(four_groups))]
+            return [await control.check(group) for group in groups]
         finally:
             await control.cordon("decode-1", False)
 
