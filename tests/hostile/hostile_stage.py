@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -31,6 +32,12 @@ _FAULTY = ("unlike", "reused")
 def examples(number: int) -> int:
     """How many examples to try, where a short run tries `number`."""
     return max(1, int(number * SCALE))
+
+
+_NOT_TEXT = re.compile(
+    r"ERROR:grpc\._cython\.cygrpc:Invalid encoding on .*\nTraceback .*\n(?:  .*\n)*UnicodeDecodeError: .*\n"
+)
+"""So grpcio tells of a method's name or a header that is no text, and goes on."""
 
 
 class Stage:
@@ -102,7 +109,7 @@ class Stage:
             file.seek(self._read)
             news = file.read()
         self._read += len(news)
-        lines = news.decode(errors="replace").splitlines()
+        lines = _NOT_TEXT.sub("", news.decode(errors="replace")).splitlines()
         first = next((n for n, line in enumerate(lines) if any(word in line for word in _FAULTS)), None)
         return [] if first is None else lines[max(0, first - 2) :]
 
