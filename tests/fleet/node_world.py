@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import shutil
@@ -12,11 +13,13 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from tandem.fleet.control_client import ControlClient, ControlError
 
 HEAD = "head.test"
 NETWORK, BRIDGE = "10.213.11", "tdnbr0"
@@ -150,6 +153,24 @@ def ask(url: str) -> tuple[int, str]:
         return error.code, error.read().decode()
     except OSError as error:
         return 0, str(error)
+
+
+@contextlib.asynccontextmanager
+async def control(target: str, within: float) -> AsyncIterator[ControlClient]:
+    """The control service at host:port, as soon as it answers."""
+    async with asyncio.timeout(within):
+        while True:
+            client = ControlClient(target, deadline=5)
+            try:
+                await client.fleet()
+                break
+            except ControlError:
+                await client.close()
+                await asyncio.sleep(0.2)
+    try:
+        yield client
+    finally:
+        await client.close()
 
 
 def until(holds: Callable[[], Any], within: float = 30.0, *, what: str = "") -> Any:

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 
 import psutil
 import pytest
-from node_world import TANDEM, World, address, ask, until, world
+from node_world import TANDEM, World, address, ask, control, until, world
 
 from support.namespaces import needs_root
 from support.redis_server import RedisServer
@@ -85,17 +85,8 @@ def stage() -> Iterator[Stage]:
 @pytest.fixture
 async def fleet(stage: Stage) -> AsyncIterator[ControlClient]:
     """The control service, as soon as it answers."""
-    async with asyncio.timeout(WITHIN_S):
-        while True:
-            client = ControlClient(stage.control, deadline=5)
-            try:
-                await client.fleet()
-                break
-            except ControlError:
-                await client.close()
-                await asyncio.sleep(0.2)
-    yield client
-    await client.close()
+    async with control(stage.control, WITHIN_S) as client:
+        yield client
 
 
 async def seen(client: ControlClient, holds: Callable[[FleetSnapshot], bool]) -> FleetSnapshot:

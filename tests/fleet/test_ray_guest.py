@@ -11,13 +11,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from node_world import World, address, ask, until, world
+from node_world import World, address, ask, control, until, world
 
 from support.namespaces import needs_root
 from support.redis_server import RedisServer
 from tandem.config import ControlConfig, FleetConfig, GatewayConfig, ModelConfig, PoolConfig, RayConfig, StateConfig
 from tandem.core.types import FleetSnapshot, Group, GroupSpec, GroupState, Role
-from tandem.fleet.control_client import ControlClient, ControlError
+from tandem.fleet.control_client import ControlClient
 from tandem.fleet.ray_processes import RANK_RESOURCE
 from tandem.models.tiny import ensure_tiny
 
@@ -105,17 +105,8 @@ def stage() -> Iterator[Stage]:
 @pytest.fixture
 async def fleet(stage: Stage) -> AsyncIterator[ControlClient]:
     """The control service, as soon as it answers."""
-    async with asyncio.timeout(WITHIN_S):
-        while True:
-            client = ControlClient(f"{address(HEAD)}:9000", deadline=5)
-            try:
-                await client.fleet()
-                break
-            except ControlError:
-                await client.close()
-                await asyncio.sleep(0.2)
-    yield client
-    await client.close()
+    async with control(f"{address(HEAD)}:9000", WITHIN_S) as client:
+        yield client
 
 
 async def seen(client: ControlClient, group: str, state: GroupState) -> Group:

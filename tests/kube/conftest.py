@@ -29,6 +29,7 @@ import pytest
 
 from kube.cluster import Cluster
 from kube.control_plane import why_not
+from kube.operator_world import serve_kinds
 
 NODES = {"node-a1": "a", "node-a2": "a", "node-b1": "b", "node-b2": "b"}
 """The nodes of `cluster`, and their racks."""
@@ -50,6 +51,12 @@ def cluster() -> Iterator[Cluster]:
         yield cluster
     finally:
         cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def crds(cluster: Cluster) -> None:
+    """Our resources are served."""
+    serve_kinds(cluster)
 
 
 @pytest.fixture

@@ -35,6 +35,15 @@ SOON = 240.0
 """Seconds; the machine may be busy."""
 
 
+NOWHERE = {"nodeSelector": {"tandem.dev/nowhere": "yes"}}
+"""No node has it: pods wait, and cost nothing."""
+
+
+def pool(**more: Any) -> dict[str, Any]:
+    """What a Fleet says of a pool whose pods are never scheduled."""
+    return {"nodes": 1, "gpusPerNode": 1, "rollout": {"canarySeconds": 0}, "pods": NOWHERE, **more}
+
+
 def serve_kinds(cluster: Cluster) -> None:
     """Our resources are served, their objects are garbage-collected, and no pod of a fleet finds its image."""
     cluster.kubelet.missing_images.add(IMAGE)

@@ -8,17 +8,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from kube.kubelet.rest import MERGE, Object, path
-from kube.operator_world import World
+from kube.operator_world import NOWHERE, World, pool
 from tandem.core.types import GroupState
 
 GROUP = "tandem.dev/v1alpha1"
 NUMBERS = itertools.count()
-NOWHERE = {"nodeSelector": {"tandem.dev/nowhere": "yes"}}
-"""No node has it: pods wait, and cost nothing."""
-
-
-def pool(**more: Any) -> Object:
-    return {"nodes": 1, "gpusPerNode": 1, "rollout": {"canarySeconds": 0}, "pods": NOWHERE, **more}
 
 
 def fleet(world: World, **spec: Any) -> None:

@@ -5,31 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from kube.cluster import Cluster
 from kube.fleet_control import FleetControl
-from kube.operator_world import World, serve_kinds
+from kube.operator_world import NOWHERE, World, pool
 from tandem.core.group_check import CheckVerdict, GroupCheck
 
 pytestmark = pytest.mark.timeout(600)
 
-NOWHERE = {"nodeSelector": {"tandem.dev/nowhere": "yes"}}
-"""No node has it: pods wait, and cost nothing."""
 UNKNOWN = GroupCheck(verdict=CheckVerdict.UNKNOWN, message="was being asked when prefill-0 restarted or left")
 WRONG = GroupCheck(verdict=CheckVerdict.WRONG, message="it says Rome")
-
-
-def pool(**more: Any) -> dict[str, Any]:
-    return {"nodes": 1, "gpusPerNode": 1, "rollout": {"canarySeconds": 0}, "pods": NOWHERE, **more}
-
-
-@pytest.fixture(scope="module")
-def crds(cluster: Cluster) -> None:
-    """Our resources are served."""
-    serve_kinds(cluster)
 
 
 @pytest.fixture

@@ -10,15 +10,9 @@ import pytest
 
 from kube.cluster import Cluster
 from kube.fleet_control import FleetControl
-from kube.operator_world import IMAGE, World, serve_kinds
+from kube.operator_world import IMAGE, World
 
 pytestmark = pytest.mark.timeout(900)
-
-
-@pytest.fixture(scope="module")
-def crds(cluster: Cluster) -> None:
-    """Our resources are served."""
-    serve_kinds(cluster)
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ import pytest
 from kube.cluster import Cluster
 from kube.fleet_control import FleetControl
 from kube.kubelet.rest import path
-from kube.operator_world import World, serve_kinds
+from kube.operator_world import World, pool, serve_kinds
 from kube.rights import Grant, Release, Stage, chart_roles, grant, granted
-from kube.rights_story import NEWS, STEPS, fleet, pool
+from kube.rights_story import NEWS, STEPS, fleet
 from tandem.core.types import GroupSpec, Role
 
 pytestmark = pytest.mark.timeout(900)
