@@ -204,6 +204,23 @@ SLICE = Scenario(
 )
 """A fault of each kind, for CI."""
 
+DEATHS = Scenario(
+    name="deaths",
+    shape=Shape(name="chaos-deaths", further=_MIXED, side=False),
+    clients=4,
+    pause_s=1.0,
+    faults=(
+        *(
+            HitEngine(role=role, rank=rank, process=process, how=how)
+            for role in Role
+            for rank, process in _PARTS
+            for how in ("kill", "freeze")
+        ),
+        *(Drain(role=role) for role in Role for _ in range(3)),
+    ),
+)
+"""Engines die one at a time, each while all other groups are ready: how long do streams wait for their next token?"""
+
 
 def by_name(name: str) -> Scenario:
-    return next(scenario for scenario in (*SCENARIOS, SLICE) if scenario.name == name)
+    return next(scenario for scenario in (*SCENARIOS, SLICE, DEATHS) if scenario.name == name)
