@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -127,3 +129,37 @@ def test_want_of_file_handles_does_not_make_a_process_look_dead(
     assert watch.ailment(0.0) == ""
     monkeypatch.setattr(process_files, "_read", unreadable)
     assert watch.ailment(1.0) == ""
+
+
+class WithWorker:
+    """An engine of this process and a worker of its own."""
+
+    def __init__(self, worker: int) -> None:
+        self._worker = worker
+
+    def tree(self) -> list[int]:
+        return [ME, self._worker]
+
+
+async def test_the_end_of_a_worker_is_seen_at_once(tmp_path: Path) -> None:
+    title = "setproctitle.setproctitle('sglang::detokenizer')"
+    code = f"import sys, setproctitle; {title}; print(flush=True); sys.stdin.read()"
+    pipes = {"stdin": asyncio.subprocess.PIPE, "stdout": asyncio.subprocess.PIPE}
+    worker = await asyncio.create_subprocess_exec(sys.executable, "-c", code, **pipes)
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    await worker.stdout.readline()
+    watch = EngineWatch(WithWorker(worker.pid), tmp_path, Limits(hang_s=99, blocked_s=99))
+    assert watch.ailment(0.0) == ""
+    worker.stdin.close()
+    async with asyncio.timeout(20):
+        await watch.pause(3600.0)
+    assert watch.ailment(1.0) == f"lost its process {worker.pid}"
+    await worker.wait()
+
+
+async def test_a_look_is_due_although_nothing_ends(tmp_path: Path) -> None:
+    watch = EngineWatch(Alone(), tmp_path, LIMITS)
+    assert watch.ailment(0.0) == ""
+    async with asyncio.timeout(20):
+        await watch.pause(0.01)

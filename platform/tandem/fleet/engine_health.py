@@ -31,7 +31,7 @@ class Tree(Protocol):
 
 
 class EngineWatch:
-    """Everything that is looked at every second from when an engine is ready."""
+    """Everything that is looked at from when an engine is ready: every second, and when one of its processes ends."""
 
     def __init__(self, engine: Tree, folder: Path, limits: Limits) -> None:
         """`folder`: where the engine's processes write their progress. Nothing is read before the first look."""
@@ -55,6 +55,17 @@ class EngineWatch:
         self._blind = 0
         return found
 
+    async def pause(self, seconds: float) -> None:
+        """Wait until the next look is due: after `seconds`, or as soon as one of the engine's workers ends."""
+        handles: list[int] = []
+        for pid in [] if self._processes is None else self._processes.workers:
+            # One that has gone meanwhile is found by the next look, as is the end of one that gets no handle.
+            with contextlib.suppress(OSError):
+                handles.append(os.pidfd_open(pid))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await _any_ended(handles)
+
 
 class HealthCheck:
     """Looks whether the processes that an engine had when it became ready are still there and run.
@@ -67,6 +78,8 @@ class HealthCheck:
         main, *children = engine.tree()
         workers = {pid: title for pid in children if (title := process_files.worker_title(pid))}
         self._pids = [main, *workers]
+        self.workers = list(workers)
+        """PIDs of all but the main process, of whose end the guard tells."""
         self.schedulers = [pid for pid, title in workers.items() if title.startswith(_SCHEDULER)]
         """PIDs of those that have to show progress."""
         self._stopped: set[int] = set()
@@ -128,7 +141,7 @@ async def gone(pids: Iterable[int], deadline: float) -> None:
     async with asyncio.timeout(deadline):
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
-                await _ended(os.pidfd_open(pid))
+                await _any_ended([os.pidfd_open(pid)])
 
 
 def log_tail(path: Path) -> str:
@@ -178,13 +191,15 @@ def serve_counters(folder: Path, host: str, port: int) -> Callable[[], None]:
     return end
 
 
-async def _ended(handle: int) -> None:
-    """Wait until the process of a pidfd has ended, and close the handle."""
+async def _any_ended(handles: Collection[int]) -> None:
+    """Wait until the process of one of these pidfds has ended, and close them all."""
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
-    loop.add_reader(handle, ended.set)
+    for handle in handles:
+        loop.add_reader(handle, ended.set)
     try:
         await ended.wait()
     finally:
-        loop.remove_reader(handle)
-        os.close(handle)
+        for handle in handles:
+            loop.remove_reader(handle)
+            os.close(handle)

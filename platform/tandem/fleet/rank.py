@@ -262,7 +262,8 @@ class RankActor:
         await self._die(f"{was}{how}")
 
     async def _follow_health(self, process: EngineProcess, endpoints: RankEndpoints) -> None:
-        """Find out when the engine is ready, then look at its processes and their progress every second."""
+        """Find out when the engine is ready, then look at its processes and their progress every second, and at once
+        when one of them ends."""
         if await self._answers(process, endpoints):
             self._become(msgspec.structs.replace(self._status, state=RankState.READY))
         else:
@@ -273,7 +274,7 @@ class RankActor:
             if ill := watch.ailment(asyncio.get_running_loop().time()):
                 await self._die(ill)
                 return
-            await asyncio.sleep(_HEALTH_S)
+            await watch.pause(_HEALTH_S)
 
     async def _answers(self, process: EngineProcess, endpoints: RankEndpoints) -> bool:
         """Ask until something answers well; return whether it is this engine."""
