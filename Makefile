@@ -3,7 +3,7 @@
 # make test   all tests;  make lint, make bench
 # make bench-gateway   the gateway beside sglang-router and smg
 # make crds   the CRDs and the chart's values schema, from the classes
-# make chaos  hundreds of faults on real fleets (hours); make chaos FAULTS=30 SEED=7
+# make chaos  hundreds of faults on real fleets (about an hour); make chaos FAULTS=30 SEED=7
 #
 # Everything is installed into .venv, once; change a requirement file and it is brought up to date.
 
@@ -28,11 +28,15 @@ down: install
 status: install
 	$(BIN)/tandem status
 
-# The unit tests two at a time, and those on Kubernetes, which mostly wait, two files at a time, each on a control plane
-# in a network of its own; the others share fleets, and the machine.
+# The unit tests two at a time. Those that mostly wait two files at a time: on Kubernetes, each on a control plane in a
+# network of its own, and those with stand-ins for engines. The others share fleets, and the machine.
+IN_PAIRS := tests/fleet tests/hostile
+
 test: unit sdk-venv
 	$(BIN)/python -m pytest tests/kube -n 2 --dist loadfile --durations=15
-	$(BIN)/python -m pytest --ignore tests/unit --ignore tests/kube --durations=15
+	$(BIN)/python -m pytest $(IN_PAIRS) -m 'not alone' -n 2 --dist loadfile --durations=15
+	$(BIN)/python -m pytest $(IN_PAIRS) -m alone
+	$(BIN)/python -m pytest --ignore tests/unit --ignore tests/kube $(IN_PAIRS:%=--ignore %) --durations=15
 
 unit: dev
 	$(BIN)/python -m pytest tests/unit -n 2

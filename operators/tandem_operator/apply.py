@@ -157,6 +157,16 @@ class Applier:
         WRITES.labels(key.kind.kind).inc()
         return True
 
+    async def sweep(self, key: Key) -> bool:
+        """Delete an object that we made and nobody owns any more; return whether that was done now."""
+        live = await self.kube.find(key)  # not as it was: it may have lost its owner just now
+        ours = live is not None and (live["metadata"].get("labels") or {}).get(MANAGED_BY) == MANAGER
+        if live is None or not ours or leaving(live) or live["metadata"].get("ownerReferences"):
+            return False
+        await self.kube.delete(key, live["metadata"]["uid"])
+        WRITES.labels(key.kind.kind).inc()
+        return True
+
     async def _live(self, key: Key) -> Object | None:
         if key.kind not in self.watched:
             return await self.kube.get(key)

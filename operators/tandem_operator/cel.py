@@ -1,8 +1,7 @@
-"""Rules between fields in CEL, by class, for servers that know it (Kubernetes 1.25 and later).
+"""Rules between fields in CEL, by class: servers that know it (Kubernetes 1.25 and later) refuse the resource at once.
 
 The same rules hold without them: the operator reads every resource with the same classes, and says in the condition
-`Valid` what is wrong. With CEL the server refuses the resource at once. Only what the classes cannot say is here and
-nowhere else: that some fields never change.
+`Valid` what is wrong. Only what the classes cannot say is here and nowhere else: that some fields never change.
 """
 
 from __future__ import annotations

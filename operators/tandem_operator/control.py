@@ -50,6 +50,16 @@ class FleetLink:
         self._task = loop.create_task(self._follow(), name=f"tandem-control-{namespace}-{fleet}")
 
     @property
+    def over(self) -> bool:
+        """Whether its watch has ended for good, which it should not."""
+        return self._task.done()
+
+    @property
+    def error(self) -> BaseException | None:
+        """What ended it."""
+        return None if not self.over or self._task.cancelled() else self._task.exception()
+
+    @property
     def away_s(self) -> float:
         """For how long it has not been reached."""
         return 0.0 if self.reachable else self._clock() - self.last_reached
@@ -119,8 +129,14 @@ class Links:
         return self._links.get((namespace, fleet))
 
     def open(self, namespace: str, fleet: str) -> FleetLink:
-        """A fleet's connection, begun if there was none."""
-        if (link := self._links.get((namespace, fleet))) is None:
+        """A fleet's connection, begun if there was none. Called at each look at a fleet, so one that has ended by a
+        mistake begins again soon."""
+        link = self._links.get((namespace, fleet))
+        if link is not None and link.over:
+            why = "The watch of fleet %s/%s has ended, and begins again: %s"
+            _log.error(why, namespace, fleet, link.error, exc_info=link.error)
+            link = None
+        if link is None:
             link = FleetLink(namespace, fleet, lambda: self._changed(namespace, fleet))
             self._links[namespace, fleet] = link
         return link

@@ -2,9 +2,9 @@
 
     python -m tandem_operator.crds [FOLDER]            write them (helm/tandem/crds)
     python -m tandem_operator.crds --check [FOLDER]    say which differ from the classes, and exit with 1
-    python -m tandem_operator.crds --cel FOLDER        write them with rules between fields, for Kubernetes 1.25+
+    python -m tandem_operator.crds --no-cel FOLDER     write them without CEL, for Kubernetes before 1.25
 
-The chart has those without CEL: an older server refuses the others when they are applied server-side.
+The chart has those with CEL. A server before 1.25 drops its rules, or answers a server-side apply with an error 500.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ KINDS = (
 )
 
 
-def definition(kind: Kind, *, cel: bool = False) -> dict[str, Any]:
+def definition(kind: Kind, *, cel: bool = True) -> dict[str, Any]:
     """The CustomResourceDefinition of `kind`. Raises SchemaError."""
     subresources: dict[str, Any] = {"status": {}}
     if kind.scales:
@@ -193,7 +193,7 @@ def _schema(kind: Kind, *, cel: bool) -> dict[str, Any]:
     }
 
 
-def files(*, cel: bool = False) -> dict[str, str]:
+def files(*, cel: bool = True) -> dict[str, str]:
     """Content by file name."""
     return {f"{kind.plural}.yaml": _content(kind, cel=cel) for kind in KINDS}
 
@@ -216,19 +216,19 @@ def differing(folder: Path) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """Write or check; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tandem_operator.crds", description=__doc__)
-    parser.add_argument("folder", nargs="?", type=Path, help=f"default {FOLDER}; with --cel it must be given")
+    parser.add_argument("folder", nargs="?", type=Path, help=f"default {FOLDER}; with --no-cel it must be given")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if files differ")
-    parser.add_argument("--cel", action="store_true", help="with rules between fields (Kubernetes 1.25+)")
+    parser.add_argument("--no-cel", action="store_true", help="without rules between fields (Kubernetes before 1.25)")
     options = parser.parse_args(arguments)
-    if options.cel and (options.folder is None or options.check):
-        parser.error("--cel writes into a folder that you name; the chart's have no CEL, so --check cannot be with it")
+    if options.no_cel and (options.folder is None or options.check):
+        parser.error("--no-cel writes into a folder that you name; the chart's have CEL, so --check cannot be with it")
     folder = options.folder or FOLDER
     if options.check:
         for name in (names := differing(folder)):
             print(f"{folder / name} differs from the classes: run python -m tandem_operator.crds", file=sys.stderr)
         return 1 if names else 0
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files(cel=options.cel).items():
+    for name, content in files(cel=not options.no_cel).items():
         (folder / name).write_text(content, encoding="utf-8")
     return 0
 

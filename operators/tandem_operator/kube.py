@@ -181,7 +181,10 @@ class Kube:
             raise KubeError(f"{method} {path}: the API server cannot be reached: {error}", 0) from error
         self.reached_at = asyncio.get_running_loop().time()
         if 200 <= answer.status < 300:
-            return json.loads(text)  # type: ignore[no-any-return]
+            try:
+                return json.loads(text)  # type: ignore[no-any-return]
+            except ValueError as error:  # cut short, or not the API server's
+                raise KubeError(f"{method} {path}: the answer is no JSON: {text[:200]!r}", 0) from error
         reason, message, causes = "", text.decode(errors="replace")[:500], []
         with contextlib.suppress(ValueError, AttributeError):  # not the API server's, but some proxy's answer
             told = json.loads(text)

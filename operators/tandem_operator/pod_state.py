@@ -28,6 +28,8 @@ class PodsState:
     """The scheduler finds no node for one."""
     waits: str = ""
     """What pods wait for that does not come by itself, such as an image or a node. Empty = nothing."""
+    going: str = ""
+    """A pod that is on its way out: an engine that began there would end with it. Empty = none."""
 
 
 def slim(pod: Object) -> Object:
@@ -66,11 +68,12 @@ def pods_of(cache: Cache, key: Key, nodes: int) -> PodsState:
     labels = stateful["metadata"].get("labels") or {}
     wanted = {name: labels[name] for name in (FLEET_LABEL, GROUP_LABEL) if name in labels}
     uid = stateful["metadata"]["uid"]
-    pods = [
+    there = [
         pod
         for pod in cache.all(POD, key.namespace, wanted)
-        if (owner(pod) or {}).get("uid") == uid and not leaving(pod) and pod["status"]["phase"] not in _OVER
+        if (owner(pod) or {}).get("uid") == uid and pod["status"]["phase"] not in _OVER
     ]
+    pods = [pod for pod in there if not leaving(pod)]
     found = [entry for pod in pods for entry in pod["status"]["conditions"]]
     times = [_unix(entry["lastTransitionTime"]) for entry in found if entry["status"] == "True"]
     reasons = [f"{pod['metadata']['name']}: {why}" for pod in pods if (why := _waits(pod))]
@@ -80,6 +83,7 @@ def pods_of(cache: Cache, key: Key, nodes: int) -> PodsState:
         placed=max(times) if times and len(times) >= nodes else None,
         no_room=any(entry["status"] == "False" and entry.get("reason") == "Unschedulable" for entry in found),
         waits="; ".join(reasons[:_NAMED]) + further,
+        going=min((pod["metadata"]["name"] for pod in there if leaving(pod)), default=""),
     )
 
 

@@ -1,15 +1,20 @@
-"""Names for what groups are made of: which are alike (revision), and which understand each other's KV (format)."""
+"""Names for what groups are made of: which are alike (revision), and which work together (KV format and weights)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from tandem.core.declared import version_of
+from tandem.core.group_record import Weights
+from tandem_operator.api.fleet import Model
 from tandem_operator.api.pool import EngineTemplate
 
 KV_FLAGS = ("--kv-cache-dtype", "--page-size", "--dtype")
 """SGLang's flags that change what a KV page is."""
+UNNAMED = str(Model.model_fields["version"].default)
+"""The version of a Fleet that names none. (Its default is written into every Fleet by the server.)"""
 
 
 def revision_of(template: EngineTemplate, nodes: int, gpus_per_node: int) -> str:
@@ -32,6 +37,29 @@ def kv_format_of(template: EngineTemplate) -> str:
         return template.kv_format
     flags = {flag: value for flag in KV_FLAGS if (value := _last_value(template.args, flag)) is not None}
     return _digest({"image": template.image.name, "device": template.device, "flags": flags})
+
+
+def weights_version(path: str | None, version: str | None) -> str:
+    """The version of the weights in `path`: the one that somebody has named, else one that no other path has."""
+    if version is not None and version != UNNAMED:
+        return version
+    return version_of(path) if path else UNNAMED
+
+
+def weights_of(template: EngineTemplate) -> Weights:
+    """What groups of this template declare to serve. The path is empty for the model that needs none."""
+    return Weights(template.model_path or "", weights_version(template.model_path, template.model_version))
+
+
+def weights_in(template: Mapping[str, object]) -> Weights:
+    """The same of a template as it is on the server."""
+    path, version = template.get("modelPath"), template.get("modelVersion")
+    return Weights(str(path or ""), weights_version(str(path or ""), str(version) if version else None))
+
+
+def weights_name(weights: Weights) -> str:
+    """One word for both."""
+    return f"{weights.version}@{weights.path}"
 
 
 def _last_value(args: Sequence[str], flag: str) -> str | None:

@@ -15,6 +15,8 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.alias_generators import to_camel
 
+from tandem.core.pair_times import CONFIRM_KV_S
+
 Seconds = Annotated[float, Field(gt=0)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Limit = Annotated[int, Field(ge=1)]
@@ -148,7 +150,7 @@ class GatewayLimits(Section):
         60, ge=0, description="How long a request waits for a group that is starting, where none is ready."
     )
     confirm_kv_s: float = Field(
-        0.05, ge=0, description="How long a stream's first tokens may wait for prefill's word that the KV is good."
+        CONFIRM_KV_S, ge=0, description="How long a stream's first tokens wait for prefill's word that the KV is good."
     )
     max_body_bytes: int = Field(16 * 2**20, ge=1024, description="A larger request is refused.")
 
@@ -163,6 +165,10 @@ class GatewayConfig(GatewayLimits):
         "auto", description="Whether every request needs a key, token or certificate; auto = unless host is loopback."
     )
     tls: TlsConfig | None = Field(None, description="None = plain HTTP.")
+    summoned: tuple[Literal["prefill", "decode"], ...] = Field(
+        (),
+        description="Roles that have a group as soon as a request waits for one, as Kubernetes' operator sees to it.",
+    )
 
     @property
     def auth_required(self) -> bool:

@@ -16,28 +16,25 @@ import orjson
 import psutil
 
 from chaos.client import Outcome
+from chaos.engine_faults import Happening
+from chaos.idle import all_idle, loads
 from chaos.stage import Stage
 from chaos.traffic import References
 from chaos.watch import NotInTime
-from tandem.core.types import Group, GroupState
+from tandem.core.types import GatewayReplica, Group
 from tandem.core.usage import UsageRecord
 from tandem.engine.http1 import HttpFailure, Pool
 from tandem.fleet.run_folder import RUN_VARIABLE
+from tandem.state import StoreError
 
 SETTLE_S = 20.0
+LEASES_S = 30.0
+"""A dead gateway's lease lasts 10 s, then it is reaped."""
+_LEASES_LOOK_S = 0.2
 _LOOK_S = 0.02
 _RECORD_S = 10.0
 _TRIES = 64
 _FOREIGN_S = 20.0
-
-_COUNTS = ("num_running_reqs", "num_waiting_reqs")
-_QUEUES = (
-    "prefill_bootstrap_queue_reqs",
-    "prefill_inflight_queue_reqs",
-    "decode_prealloc_queue_reqs",
-    "decode_transfer_queue_reqs",
-    "decode_retracted_queue_reqs",
-)
 
 
 def answers(done: Iterable[Outcome], references: References, allows: frozenset[str]) -> list[str]:
@@ -62,8 +59,9 @@ def records(stage: Stage) -> dict[str, list[UsageRecord]]:
     return found
 
 
-async def usage(stage: Stage, done: Iterable[Outcome]) -> list[str]:
-    """Exactly one record for each request, with the tokens that the client was given.
+async def usage(stage: Stage, done: Iterable[Outcome], references: References) -> list[str]:
+    """Exactly one record for each request, with the tokens of its prompt and those that the client was given, also
+    where several pairs were at work.
 
     A client that had to ask again, as its gateway died, may have one for each try: the first may have died with it.
     """
@@ -73,20 +71,36 @@ async def usage(stage: Stage, done: Iterable[Outcome]) -> list[str]:
     while any(not found.get(one.name) for one in done) and time.monotonic() < ends:
         await asyncio.sleep(0.2)
         found = records(stage)
+    return [why for one in done if (why := miscounted(one, found.get(one.name, []), references))]
+
+
+def miscounted(one: Outcome, mine: list[UsageRecord], references: References) -> str:
+    """What is wrong with the usage records of a request; empty = nothing."""
+    if not 1 <= len(mine) <= one.tries:
+        return f"{one.name} {one.recipe!r}, {one.tries} tries, has {len(mine)} usage records"
+    counted = [record.completion_tokens for record in mine]
+    if one.left:
+        right = max(counted) >= len(one.tokens) and mine[0].outcome == "client_gone"
+    else:
+        right = len(one.tokens) in counted or one.usage.get("completion_tokens") in counted
+    if not right:
+        return f"{one.name} {one.recipe!r} was given {len(one.tokens)} tokens, its usage records tell {counted}"
+    prompt = references.prompt_tokens(one.recipe)
+    if any(record.prompt_tokens != prompt for record in mine):
+        told = [record.prompt_tokens for record in mine]
+        return f"{one.name} {one.recipe!r} has a prompt of {prompt} tokens, its usage records tell {told}"
+    return ""
+
+
+def moved(happened: Iterable[Happening], done: Iterable[Outcome], found: dict[str, list[UsageRecord]]) -> list[str]:
+    """Streams whose connection to decode was cut in their midst, or that were refused one, took another pair."""
+    done = list(done)
     wrong = []
-    for one in done:
-        mine = found.get(one.name, [])
-        if not 1 <= len(mine) <= one.tries:
-            wrong.append(f"{one.name} {one.recipe!r}, {one.tries} tries, has {len(mine)} usage records")
-            continue
-        counted = [record.completion_tokens for record in mine]
-        if one.left:
-            right = max(counted) >= len(one.tokens) and mine[0].outcome == "client_gone"
-        else:
-            right = len(one.tokens) in counted or one.usage.get("completion_tokens") in counted
-        if not right:
-            told = len(one.tokens)
-            wrong.append(f"{one.name} {one.recipe!r} was given {told} tokens, its usage records tell {counted}")
+    for one in happened:
+        ran = [out for out in done if out.side and out.began <= one.at + (one.back or 0) and one.at < out.ended]
+        others = [out for out in ran if any(record.attempts > 1 for record in found.get(out.name, []))]
+        if len(others) < one.must_move:
+            wrong.append(f"{one.kind} ({one.where}) hit {one.must_move} streams, {len(others)} took another pair")
     return wrong
 
 
@@ -132,55 +146,10 @@ async def _gateways(stage: Stage) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-async def loads(pool: Pool, group: Group) -> list[dict[str, Any]]:
-    """What `/v1/loads` of a group tells of each DP rank. Raises HttpFailure."""
-    status, body = await pool.fetch("GET", f"{group.url}/v1/loads?include=all", within=5)
-    if status != 200:
-        raise HttpFailure(f"{group.url}/v1/loads answered {status}")
-    return list(orjson.loads(body)["loads"])
-
-
-def busy(load: dict[str, Any]) -> list[str]:
-    """What of a load is not zero."""
-    queues = load.get("disaggregation") or {}
-    found = {name: load.get(name, 0) for name in _COUNTS} | {name: queues.get(name, 0) for name in _QUEUES}
-    return [f"{name}={value}" for name, value in found.items() if value]
-
-
-async def busy_lines(pool: Pool, group: Group) -> list[str]:
-    """What a group has to do, or why it does not tell."""
-    try:
-        found = await loads(pool, group)
-    except HttpFailure as error:
-        return [f"{group.group}: {error}"]
-    return [f"{group.group} DP {load.get('dp_rank', 0)}: {what}" for load in found for what in busy(load)]
-
-
-async def _busy(pool: Pool, stage: Stage) -> list[str]:
-    ready = [group for group in stage.watch.groups.values() if group.state is GroupState.READY]
-    return [line for lines in await asyncio.gather(*(busy_lines(pool, group) for group in ready)) for line in lines]
-
-
-async def all_idle(stage: Stage, within: float) -> str:
-    """Wait until no engine has a request in any queue; return what was last there. Raises NotInTime."""
-    last = ""
-    pool = Pool()
-    ends = time.monotonic() + within
-    try:
-        while lines := await _busy(pool, stage):
-            last = "; ".join(lines)
-            if time.monotonic() > ends:
-                raise NotInTime(f"engines are not idle after {within:g} s: {last}")
-            await asyncio.sleep(_LOOK_S)
-    finally:
-        await pool.close()
-    return last
-
-
 async def engines(stage: Stage) -> list[str]:
     """No engine has a request, and no KV but what its cache holds: when that is emptied, none."""
     try:
-        await all_idle(stage, SETTLE_S)
+        await all_idle(lambda: stage.ready_urls, SETTLE_S, since=time.time())
     except NotInTime as error:
         return [str(error)]
     pool = Pool()
@@ -201,7 +170,7 @@ async def engines(stage: Stage) -> list[str]:
 async def _kv_left(pool: Pool, group: Group) -> list[str]:
     ends = time.monotonic() + 5
     while True:
-        left = {load.get("dp_rank", 0): load.get("num_used_tokens", 0) for load in await loads(pool, group)}
+        left = {load.get("dp_rank", 0): load.get("num_used_tokens", 0) for load in await loads(pool, group.url)}
         if not any(left.values()):
             return []
         if time.monotonic() > ends:
@@ -212,15 +181,57 @@ async def _kv_left(pool: Pool, group: Group) -> list[str]:
 
 
 async def groups(stage: Stage) -> list[str]:
-    """All groups are ready, and all replicas are there, each once."""
+    """All groups are ready, and all replicas are there."""
     try:
         await stage.whole()
     except NotInTime as error:
         return [str(error)]
-    alive = [one for one in stage.watch.gateways.values() if psutil.pid_exists(one.pid)]
-    if len(alive) != len(stage.watch.gateways):
-        return [f"{len(stage.watch.gateways)} replicas are in the store, {len(alive)} live"]
     return []
+
+
+async def leases(stage: Stage) -> list[str]:
+    """The store has the leases of the replicas that live, and of no others."""
+    ends = time.monotonic() + LEASES_S
+    while True:
+        try:
+            wrong = await _strange_leases(stage)
+        except StoreError as error:
+            wrong = [str(error)]
+        if not wrong or time.monotonic() > ends:
+            return wrong
+        await asyncio.sleep(_LEASES_LOOK_S)
+
+
+async def _strange_leases(stage: Stage) -> list[str]:
+    store = stage.watch.store
+    replicas = [msgspec.json.decode(entry.value, type=GatewayReplica) for entry in await store.list("gateways/")]
+    wrong = [f"gateways/{one.replica} is there, its process {one.pid} is not" for one in replicas if not _lives(one)]
+    living = {one.incarnation for one in replicas}
+    found = {entry.key.partition("/")[2] for entry in await store.list("incarnations/")}
+    if found != living:
+        wrong.append(f"incarnations/ has {sorted(found)}, living replicas are {sorted(living)}")
+    if left := [entry.key for entry in await store.list("leaving/")]:
+        wrong.append(f"no replica leaves, and the store has {left}")
+    if strange := await asyncio.to_thread(_answer_leases, stage) - living:
+        wrong.append(f"answers are still leased to {sorted(strange)}, which live no more")
+    return wrong
+
+
+def _lives(replica: GatewayReplica) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return psutil.Process(replica.pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _answer_leases(stage: Stage) -> set[str]:
+    """Incarnations that hold answers; without Redis each gateway keeps its own, in memory."""
+    if stage.redis is None:
+        return set()
+    import redis
+
+    with redis.Redis.from_url(stage.redis.url, decode_responses=True) as connection:
+        keys = list(connection.scan_iter(match="tandem:*:answers:o:*"))
+    return {key.rpartition(":")[2] for key in keys}
 
 
 async def processes(stage: Stage) -> list[str]:

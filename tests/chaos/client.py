@@ -14,9 +14,10 @@ from tandem.engine.http1 import HttpFailure, Pool, Response
 from tandem.engine.sse import SseParser
 
 SILENCE_S = 60.0
-"""A stream that says nothing for so long is a failure: every wait of the gateway is shorter."""
+"""A stream that says nothing for so long is a failure: every wait of the gateway is shorter. A client that expects
+gateways to stand still gives a silent connection up sooner, and asks again."""
 RETRY_S = 30.0
-"""How long a client whose connection broke tries again."""
+"""How long a client whose connection broke tries again, beyond the silence that it bears."""
 _PAUSE_S = 0.2
 
 
@@ -35,8 +36,16 @@ class Outcome(msgspec.Struct, kw_only=True):
     """When each token came, over all tries; of a later try only those that were new."""
     text: str = ""
     reasoning: str = ""
+    logprobs: list[float] = msgspec.field(default_factory=list)
+    """Of the tokens that are text, where they were asked for."""
+    tops: list[float] = msgspec.field(default_factory=list)
+    """For each of these the logprobs of the most likely tokens, falling."""
+    calls: list[str] = msgspec.field(default_factory=list)
+    """Tool calls: name and arguments."""
     finish: str = ""
     usage: dict[str, Any] = msgspec.field(default_factory=dict)
+    version: str = ""
+    """Of the weights, as the end of the answer names them."""
     error: str = ""
     code: str = ""
     """Of the error: OpenAI's code, or its HTTP status."""
@@ -54,7 +63,14 @@ class Refusal(Exception):
 
 
 async def ask(
-    pool: Pool, base: str, model: str, recipe: Recipe, outcome: Outcome, *, leave_after: int | None = None
+    pool: Pool,
+    base: str,
+    model: str,
+    recipe: Recipe,
+    outcome: Outcome,
+    *,
+    leave_after: int | None = None,
+    silence_s: float = SILENCE_S,
 ) -> None:
     """Make the request and fill `outcome`.
 
@@ -71,11 +87,11 @@ async def ask(
     }
     data = orjson.dumps(body)
     outcome.began = time.monotonic()
-    give_up = outcome.began + RETRY_S
+    give_up = outcome.began + RETRY_S + (0 if silence_s == SILENCE_S else 4 * silence_s)
     while True:
         outcome.tries += 1
         try:
-            await _once(pool, base + recipe.path, data, outcome, leave_after)
+            await _once(pool, base + recipe.path, data, outcome, leave_after, silence_s)
             outcome.error = outcome.code = ""
         except Refusal as error:
             outcome.error, outcome.code = str(error), error.code
@@ -88,18 +104,19 @@ async def ask(
         return
 
 
-async def _once(pool: Pool, url: str, body: bytes, outcome: Outcome, leave_after: int | None) -> None:
+async def _once(pool: Pool, url: str, body: bytes, outcome: Outcome, leave_after: int | None, silence_s: float) -> None:
     before = outcome.tokens
     outcome.tokens, outcome.text, outcome.reasoning, outcome.finish = [], "", "", ""
+    outcome.logprobs, outcome.tops, outcome.calls = [], [], []
     key = () if leave_after is not None else ((b"idempotency-key", outcome.name.encode()),)
     made = pool.begin("POST", url, body=body, headers=key, fresh=True)
     response = made if isinstance(made, Response) else await made
     try:
-        status = await response.head(SILENCE_S)
+        status = await response.head(silence_s)
         if status != 200:
-            raise _refusal(status, await response.read(SILENCE_S))
+            raise _refusal(status, await response.read(silence_s))
         parser = SseParser()
-        while (data := await response.chunk(SILENCE_S)) is not None:
+        while (data := await response.chunk(silence_s)) is not None:
             now = time.monotonic()
             for event in parser.feed(data):
                 if event == b"[DONE]":
@@ -120,6 +137,7 @@ def _take(event: dict[str, Any], outcome: Outcome, now: float) -> None:
         raise Refusal(str(error.get("message", error)), str(error.get("code") or error.get("type")))
     if event.get("usage"):
         outcome.usage = event["usage"]
+        outcome.version = event.get("system_fingerprint") or ""
     for choice in event.get("choices") or ():
         delta = choice.get("delta") or {}
         ids = choice.get("token_ids") or []
@@ -128,6 +146,26 @@ def _take(event: dict[str, Any], outcome: Outcome, now: float) -> None:
         outcome.text += choice.get("text") or delta.get("content") or ""
         outcome.reasoning += delta.get("reasoning_content") or ""
         outcome.finish = choice.get("finish_reason") or outcome.finish
+        _take_logprobs(choice.get("logprobs") or {}, outcome)
+        for call in delta.get("tool_calls") or ():
+            _take_call(call, outcome)
+
+
+def _take_logprobs(told: dict[str, Any], outcome: Outcome) -> None:
+    """Of `/v1/completions` or of a chat."""
+    outcome.logprobs += told.get("token_logprobs") or []
+    for tops in told.get("top_logprobs") or []:
+        outcome.tops += sorted(tops.values(), reverse=True)
+    for entry in (*(told.get("reasoning_content") or ()), *(told.get("content") or ())):
+        outcome.logprobs.append(entry["logprob"])
+        outcome.tops += [top["logprob"] for top in entry["top_logprobs"]]
+
+
+def _take_call(call: dict[str, Any], outcome: Outcome) -> None:
+    outcome.calls += [""] * (call["index"] + 1 - len(outcome.calls))
+    said = call["function"]
+    outcome.calls[call["index"]] += f"{said['name']} " if said.get("name") else ""
+    outcome.calls[call["index"]] += said.get("arguments") or ""
 
 
 def _check_retold(before: list[int], outcome: Outcome) -> None:

@@ -13,11 +13,11 @@ from collections.abc import AsyncIterator, Callable
 import msgspec
 import psutil
 
-from chaos.checks import busy_lines
 from chaos.faults import HitEngine, Process
+from chaos.idle import busy_lines
 from chaos.stage import WHOLE_S, Stage
 from chaos.watch import NotInTime, Seen
-from tandem.core.types import Group, GroupState, Rank
+from tandem.core.types import Group, GroupState, Rank, Role
 from tandem.engine.http1 import Pool
 
 NOTICE_S = 30.0
@@ -38,6 +38,10 @@ class Happening(msgspec.Struct, kw_only=True):
     back: float | None = None
     problem: str = ""
     """What went wrong with it that is the fleet's fault."""
+    legs: int = 0
+    """That a fault on connections has hit, as far as that can be counted."""
+    must_move: int = 0
+    """Streams of the side gateway that must have taken another pair for it."""
 
 
 async def hit_engine(
@@ -46,11 +50,24 @@ async def hit_engine(
     """Send the signal; return when the group is ready again. It counts as struck once that was noticed: what else is
     done meanwhile must not be measured with it.
     """
-    watch = stage.watch
-    group = await _one_at_work(stage, fault, rng)
+    group = await one_at_work(stage, fault.role, rng, lambda group: fault.rank == "leader" or len(group.ranks) > 1)
     rank = group.ranks[0] if fault.rank == "leader" else rng.choice(group.ranks[1:])
     victim = process_of(rank, fault.process)
     happening.where = f"{group.group} rank {rank.rank}"
+    with stage.hitting(group.group):
+        await _hit(stage, fault, group, rank, victim, happening, struck)
+
+
+async def _hit(
+    stage: Stage,
+    fault: HitEngine,
+    group: Group,
+    rank: Rank,
+    victim: psutil.Process,
+    happening: Happening,
+    struck: Callable[[], None],
+) -> None:
+    watch = stage.watch
     engine = [victim, *psutil.Process(rank.pid).children(recursive=True)]
     happening.at = time.monotonic()
     if fault.how == "pause":
@@ -63,8 +80,20 @@ async def hit_engine(
             happening.reason = "restarted, though it was only slow"
         return
     os.kill(victim.pid, signal.SIGKILL if fault.how == "kill" else signal.SIGSTOP)
+    await made_good(stage, group, rank, happening, struck, NOTICE_S)
+    if left := [process.pid for process in engine if process.is_running() and process.status() != "zombie"]:
+        happening.problem = f"processes {left} of the old epoch live on"
+
+
+async def made_good(
+    stage: Stage, group: Group, rank: Rank, happening: Happening, struck: Callable[[], None], within: float
+) -> None:
+    """Wait until somebody has noticed what was done to a group's rank, and until the group is ready at a later epoch.
+    One whose loss nobody has noticed `within` seconds is ended, for the run to go on.
+    """
+    watch = stage.watch
     try:
-        seen = await _noticed(stage, group, happening.at)
+        seen = await _noticed(stage, group, happening.at, within)
         happening.noticed = seen.at - happening.at
         happening.reason = "gone" if seen.group is None else seen.group.reason
     except NotInTime as error:
@@ -81,30 +110,30 @@ async def hit_engine(
         WHOLE_S,
     )
     happening.back = time.monotonic() - happening.at
-    if left := [process.pid for process in engine if process.is_running() and process.status() != "zombie"]:
-        happening.problem = f"processes {left} of the old epoch live on"
 
 
-async def _one_at_work(stage: Stage, fault: HitEngine, rng: random.Random) -> Group:
+async def one_at_work(
+    stage: Stage, role: Role, rng: random.Random, able: Callable[[Group], bool] = lambda group: True
+) -> Group:
     """A group that has a request right now, if one gets any in a while: a fault that hits nobody shows little."""
     pool = Pool()
     ends = time.monotonic() + WORK_S
     try:
         while True:
-            able = [group for group in stage.watch.of(fault.role) if fault.rank == "leader" or len(group.ranks) > 1]
-            rng.shuffle(able)
-            able.sort(key=lambda group: stage.watch.failures(group.group))
-            for group in able:
-                if await busy_lines(pool, group):
+            found = [group for group in stage.watch.of(role) if able(group)]
+            rng.shuffle(found)
+            found.sort(key=lambda group: stage.watch.failures(group.group))
+            for group in found:
+                if await busy_lines(pool, group.group, group.url):
                     return group
             if time.monotonic() > ends:
-                return able[0]
+                return found[0]
             await asyncio.sleep(_LOOK_S)
     finally:
         await pool.close()
 
 
-async def _noticed(stage: Stage, group: Group, at: float) -> Seen:
+async def _noticed(stage: Stage, group: Group, at: float, within: float) -> Seen:
     def change() -> Seen | None:
         return next(
             (
@@ -115,7 +144,7 @@ async def _noticed(stage: Stage, group: Group, at: float) -> Seen:
             None,
         )
 
-    await stage.watch.until(f"{group.group} is seen to have failed", lambda: change() is not None, NOTICE_S)
+    await stage.watch.until(f"{group.group} is seen to have failed", lambda: change() is not None, within)
     found = change()
     assert found is not None
     return found

@@ -1,4 +1,8 @@
-"""A TCP proxy that stands between a gateway and one group, and does to connections what a network does."""
+"""A TCP proxy that stands between a gateway and one group, and does to connections what a network does.
+
+It looks so far into HTTP/1.1 that it knows which connections carry a leg: a POST of `/generate` whose answer is not
+complete. Others are polled loads, aborts, and idle ones.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import struct
 
 _CHUNK = 64 * 1024
 _CONNECT_S = 3.0
+_LEG = b"POST /generate"
 
 
 class FaultProxy:
@@ -18,9 +23,15 @@ class FaultProxy:
         self.delay_s = 0.0
         """Each piece, in either direction, waits for so long."""
         self.refusing = False
-        """New connections are reset."""
+        """New connections are reset when their first request comes, old ones when a leg begins on them."""
         self.connections = 0
         """Ever taken."""
+        self.legs = 0
+        """Ever begun that were not refused."""
+        self.legs_cut = 0
+        """By `cut_after`, ever."""
+        self.legs_refused = 0
+        """Ever."""
         self._target = ("", 0)
         self._flows: set[_Flow] = set()
         self._passing = asyncio.Event()
@@ -44,12 +55,28 @@ class FaultProxy:
         """Connections that are open now."""
         return len(self._flows)
 
+    @property
+    def legs_open(self) -> int:
+        """Legs that are not complete now."""
+        return sum(flow.exchange is not None for flow in self._flows)
+
+    @property
+    def legs_streaming(self) -> int:
+        """Of these, the ones that have had a part of their answer."""
+        return sum(flow.exchange is not None and flow.exchange.streaming for flow in self._flows)
+
     def cut(self) -> int:
         """Reset all connections; return how many these were."""
         flows = list(self._flows)
         for flow in flows:
             flow.reset()
         return len(flows)
+
+    def cut_idle(self) -> None:
+        """Reset the connections without a leg: the next leg needs a new one."""
+        for flow in self._flows:
+            if flow.exchange is None:
+                flow.reset()
 
     def cut_after(self, size: int) -> None:
         """Reset each of the connections that are open now when `size` more bytes of answers have passed."""
@@ -78,7 +105,7 @@ class FaultProxy:
         self.connections += 1
         flow = _Flow(writer)
         if self.refusing:
-            flow.reset()
+            await self._refuse(reader, flow)
             return
         try:
             async with asyncio.timeout(_CONNECT_S):
@@ -89,33 +116,84 @@ class FaultProxy:
         flow.also(behind)
         self._flows.add(flow)
         try:
-            await asyncio.gather(self._pump(reader, behind, None), self._pump(ahead, writer, flow))
+            await asyncio.gather(self._pump(reader, behind, flow, up=True), self._pump(ahead, writer, flow, up=False))
         finally:
             self._flows.discard(flow)
             flow.close()
 
-    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, answers: _Flow | None) -> None:
-        """Pass on until the source ends, then end the sink. A connection that breaks, breaks on the other side too."""
+    async def _refuse(self, reader: asyncio.StreamReader, flow: _Flow) -> None:
+        """Only what is asked tells whether a leg was hit."""
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(_CONNECT_S):
+                self.legs_refused += (await reader.read(_CHUNK)).startswith(_LEG)
+        flow.reset()
+
+    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, flow: _Flow, *, up: bool) -> None:
+        """Pass on until the source ends, then end the sink. A connection that breaks, breaks on the other side too.
+
+        `up`: from the gateway to the engine.
+        """
         try:
             while data := await source.read(_CHUNK):
+                if up and data.startswith(_LEG):
+                    if self.refusing:
+                        self.legs_refused += 1
+                        flow.reset()
+                        return
+                    self.legs += 1
+                    flow.exchange = _Exchange()
                 await self._passing.wait()
                 if self.delay_s:
                     await asyncio.sleep(self.delay_s)
                     await self._passing.wait()
-                if answers is not None and answers.left is not None:
-                    data, answers.left = data[: answers.left], answers.left - len(data)
+                if not up and flow.left is not None:
+                    data, flow.left = data[: flow.left], flow.left - len(data)
                 sink.write(data)
+                if not up and flow.exchange is not None and flow.exchange.over(data):
+                    flow.exchange = None
                 await sink.drain()
-                if answers is not None and answers.left is not None and answers.left <= 0:
-                    answers.reset()
+                if not up and flow.left is not None and flow.left <= 0:
+                    self.legs_cut += flow.exchange is not None
+                    flow.reset()
                     return
             await self._passing.wait()
             if sink.can_write_eof():
                 sink.write_eof()
         except OSError:
             # The half that broke: the other one is told by a reset, as the network would.
-            for one in (sink, *([] if answers is None else answers.ends)):
+            for one in flow.ends:
                 _reset(one)
+
+
+class _Exchange:
+    """A leg's answer, as far as it has passed."""
+
+    def __init__(self) -> None:
+        self._head = b""
+        self._size: int | None = None
+        """Of its body; None = it comes in chunks."""
+        self._passed = 0
+        self._tail = b""
+
+    @property
+    def streaming(self) -> bool:
+        """Something of the body has passed."""
+        return self._passed > 0
+
+    def over(self, data: bytes) -> bool:
+        """Whether the answer is complete with what passes now."""
+        if self._passed == 0:
+            self._head += data
+            head, end, data = self._head.partition(b"\r\n\r\n")
+            if not end:
+                return False
+            sizes = [
+                line.partition(b":")[2] for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")
+            ]
+            self._size = int(sizes[0]) if sizes else None
+        self._passed += len(data)
+        self._tail = (self._tail + data)[-5:]
+        return self._tail == b"0\r\n\r\n" if self._size is None else self._passed >= self._size
 
 
 class _Flow:
@@ -125,6 +203,8 @@ class _Flow:
         self.ends = [client]
         self.left: int | None = None
         """Bytes of answers that may still pass; None = all."""
+        self.exchange: _Exchange | None = None
+        """The leg that it carries now."""
 
     def also(self, engine: asyncio.StreamWriter) -> None:
         self.ends.append(engine)

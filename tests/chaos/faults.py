@@ -11,6 +11,7 @@ from tandem.core.types import Role
 Process = Literal["main", "scheduler", "detokenizer"]
 Place = Literal["leader", "follower"]
 Signal = Literal["kill", "freeze", "pause"]
+Part = Literal["rank actor", "guard", "raylet", "GCS", "nursery", "Serve controller"]
 WireHow = Literal["cut", "cut_after", "refuse", "stall", "delay"]
 
 
@@ -51,10 +52,28 @@ class HitEngine(Fault, frozen=True, kw_only=True):
         return frozenset({self.role})
 
 
-class HitGateway(Fault, frozen=True, kw_only=True):
-    """A signal to the process of one gateway replica."""
+class HitPlatform(Fault, frozen=True, kw_only=True):
+    """A signal to a process around the engines. Rank actor, guard and raylet are those of a group of `role`; the others
+    are nobody's in particular, and no group may restart for them.
+    """
 
-    how: Literal["kill", "pause"] = "kill"
+    which: Part
+    role: Role | None = None
+    how: Literal["kill", "freeze"] = "kill"
+
+    @property
+    def kind(self) -> str:
+        return f"{self.how} {self.which}" + (f" of {self.role}" if self.role else "")
+
+    @property
+    def takes(self) -> frozenset[Role]:
+        return frozenset({self.role} if self.role else ())
+
+
+class HitGateway(Fault, frozen=True, kw_only=True):
+    """A signal to the process of one gateway replica. `pause` ends by itself, `freeze` does not."""
+
+    how: Signal = "kill"
     seconds: float = 2.0
 
     @property
@@ -63,9 +82,9 @@ class HitGateway(Fault, frozen=True, kw_only=True):
 
 
 class HitController(Fault, frozen=True, kw_only=True):
-    """A signal to the controller's process."""
+    """A signal to the controller's process. `pause` ends by itself, `freeze` does not."""
 
-    how: Literal["kill", "pause"] = "kill"
+    how: Signal = "kill"
     seconds: float = 5.0
 
     @property
@@ -85,10 +104,10 @@ class HitRedis(Fault, frozen=True, kw_only=True):
 
 
 class HitWire(Fault, frozen=True, kw_only=True):
-    """Something happens to the connections between a gateway and one group.
+    """Something happens to the connections between a gateway and one group, of which at least one carries a leg.
 
     `cut`: all are reset now. `cut_after`: each is reset after so many bytes of answers. `refuse`: new ones are reset,
-    for some seconds. `stall`: nothing passes, for some seconds. `delay`: all comes later.
+    for some seconds and until a leg was. `stall`: nothing passes, for some seconds. `delay`: all comes later.
     """
 
     role: Role
@@ -180,6 +199,8 @@ class Leave(Fault, frozen=True, kw_only=True):
     """Clients go away in the middle of their streams; the other traffic is held meanwhile."""
 
     clients: int = 4
+    within: float = 5.0
+    """Engines must be idle so soon: 1 s is the promise, on a machine that has nothing else to do."""
 
     @property
     def kind(self) -> str:

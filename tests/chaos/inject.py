@@ -14,8 +14,7 @@ from pathlib import Path
 import psutil
 
 from chaos import network
-from chaos.checks import all_idle
-from chaos.engine_faults import NOTICE_S, Happening, hit_engine, stopped, title
+from chaos.engine_faults import NOTICE_S, Happening, hit_engine
 from chaos.faults import (
     Drain,
     Fault,
@@ -24,6 +23,7 @@ from chaos.faults import (
     HitEngine,
     HitGateway,
     HitNetwork,
+    HitPlatform,
     HitRedis,
     HitWire,
     JumpClock,
@@ -31,9 +31,12 @@ from chaos.faults import (
     Orphan,
     ScaleDown,
 )
+from chaos.idle import all_idle
+from chaos.platform_faults import CONTROL_S, hit_controller, hit_gateway, hit_platform
 from chaos.stage import WHOLE_S, Stage
 from chaos.traffic import Traffic
 from chaos.watch import NotInTime
+from chaos.wire_faults import hit_wire
 from tandem.cli import groups
 from tandem.core.types import GroupState, Role
 from tandem.fleet.control_client import ControlClient, ControlError
@@ -41,12 +44,11 @@ from tandem.fleet.plan import pool_of
 from tandem.fleet.snapshot import read_snapshot
 from tandem.state import StoreError
 
-CONTROL_S = 60.0
 IDLE_S = 15.0
-LEFT_S = 5.0
-"""Engines must be idle so soon after their clients have left: 1 s is what is promised on a machine that is not busy."""
 ORPHANS_S = 30.0
 """The same after their gateway has died: its entry in the store lives for 10 s more."""
+CLOCK_S = 30.0
+"""An answer tells when it was begun, in whole seconds."""
 STORE_S = 60.0
 DRAIN_S = 60.0
 _LOOK_S = 0.1
@@ -74,31 +76,30 @@ async def _do(
         case HitEngine():
             await hit_engine(stage, fault, rng, happening, struck)
         case HitGateway():
-            await _hit_gateway(stage, fault, rng, happening)
+            await hit_gateway(stage, fault, rng, happening)
         case HitController():
-            await _hit_controller(stage, fault, happening)
+            await hit_controller(stage, fault, happening)
+        case HitPlatform():
+            await hit_platform(stage, fault, rng, happening, struck)
         case HitRedis():
             names = set(stage.watch.desired)
             await _hit_redis(stage, fault)
             await _in_store(stage, names)
         case HitWire():
-            await _hit_wire(stage, fault, rng, happening)
+            await hit_wire(stage, fault, rng, happening)
         case HitNetwork():
             await _hit_network(stage, fault, rng, happening)
         case FillDisk(what=what, seconds=seconds):
             with _filled(stage.disks[what]):
                 await asyncio.sleep(seconds)
-        case JumpClock(by=by, seconds=seconds):
-            assert stage.side is not None
-            stage.side.set_clock(by)
-            await asyncio.sleep(seconds)
-            stage.side.set_clock(0)
+        case JumpClock():
+            await _jump_clock(stage, traffic, fault, happening)
         case Drain(role=role):
             await _drain(stage, role, rng, happening, struck)
         case ScaleDown(role=role):
             await _scale_down(stage, role, happening, struck)
-        case Leave(clients=clients):
-            await _leave(stage, traffic, clients, happening)
+        case Leave():
+            await _leave(stage, traffic, fault, happening)
         case Orphan():
             await _orphan(stage, traffic, fault, happening)
         case _:
@@ -106,60 +107,6 @@ async def _do(
     if happening.back is None:
         await stage.whole()
         happening.back = time.monotonic() - happening.at
-
-
-async def _hit_gateway(stage: Stage, fault: HitGateway, rng: random.Random, happening: Happening) -> None:
-    replica = rng.choice(sorted(stage.watch.gateways.values(), key=lambda one: one.replica))
-    happening.where = replica.replica
-    happening.at = time.monotonic()
-    if fault.how == "pause":
-        async with stopped(replica.pid):
-            await asyncio.sleep(fault.seconds)
-        return
-    os.kill(replica.pid, signal.SIGKILL)
-    watch = stage.watch
-    await watch.until(f"{replica.replica} is out of the store", lambda: replica.replica not in watch.gateways, NOTICE_S)
-    happening.noticed = time.monotonic() - happening.at
-    happening.reason = "its entry in the store has expired"
-
-
-def controller(stage: Stage) -> psutil.Process:
-    """The process of the fleet's controller (not Serve's)."""
-    return next(process for process in stage.fleet.processes() if title(process).startswith("ray::Controller"))
-
-
-async def _hit_controller(stage: Stage, fault: HitController, happening: Happening) -> None:
-    before = {name: group.epoch for name, group in stage.watch.groups.items()}
-    starting = {name for name, group in stage.watch.groups.items() if group.state is not GroupState.READY}
-    victim = controller(stage)
-    happening.at = time.monotonic()
-    if fault.how == "pause":
-        async with stopped(victim.pid):
-            await asyncio.sleep(fault.seconds)
-    else:
-        victim.kill()
-        await asyncio.to_thread(victim.wait, 10)
-    async with asyncio.timeout(CONTROL_S):
-        while not await _answers(stage):
-            await asyncio.sleep(_LOOK_S)
-    happening.back = time.monotonic() - happening.at
-    await stage.whole()
-    anew = {
-        name
-        for name, group in stage.watch.groups.items()
-        if name in before and name not in starting and group.epoch != before[name]
-    }
-    # Others that were killed meanwhile start anew of right; these were not.
-    if anew and not starting:
-        happening.problem = f"{sorted(anew)} were restarted with the controller"
-
-
-async def _answers(stage: Stage) -> bool:
-    try:
-        async with stage.control() as control:
-            return bool((await control.load()).groups)
-    except ControlError:
-        return False
 
 
 async def _hit_redis(stage: Stage, fault: HitRedis) -> None:
@@ -205,35 +152,6 @@ async def _in_store(stage: Stage, names: set[str]) -> None:
         await asyncio.sleep(_LOOK_S)
 
 
-async def _hit_wire(stage: Stage, fault: HitWire, rng: random.Random, happening: Happening) -> None:
-    assert stage.side is not None
-    names = [group.group for group in stage.watch.of(fault.role)]
-    proxies = stage.side.proxies
-    name = rng.choice([name for name in names if proxies[name].open] or names)
-    proxy = proxies[name]
-    happening.where = f"{name}, {proxy.open} connections"
-    happening.at = time.monotonic()
-    try:
-        match fault.how:
-            case "cut":
-                proxy.cut()
-            case "cut_after":
-                proxy.cut_after(fault.bytes or rng.randrange(1, 4000))
-                await asyncio.sleep(fault.seconds)
-            case "refuse":
-                proxy.refusing = True
-                await asyncio.sleep(fault.seconds)
-            case "stall":
-                proxy.stall()
-                await asyncio.sleep(fault.seconds)
-            case "delay":
-                proxy.delay_s = 0.3
-                await asyncio.sleep(fault.seconds)
-    finally:
-        proxy.mend()
-    happening.back = time.monotonic() - happening.at
-
-
 async def _hit_network(stage: Stage, fault: HitNetwork, rng: random.Random, happening: Happening) -> None:
     prefill, decode = (rng.choice(stage.watch.of(role)).ranks[0].host for role in (Role.PREFILL, Role.DECODE))
     happening.where = f"{prefill} and {decode}"
@@ -246,8 +164,14 @@ async def _hit_network(stage: Stage, fault: HitNetwork, rng: random.Random, happ
 async def _drain(stage: Stage, role: Role, rng: random.Random, happening: Happening, struck: Struck) -> None:
     watch = stage.watch
     group = max(watch.of(role), key=lambda one: (watch.failures(one.group), rng.random())).group
-    spec = watch.desired[group]
     happening.where = group
+    with stage.hitting(group):
+        await _drained(stage, role, group, happening, struck)
+
+
+async def _drained(stage: Stage, role: Role, group: str, happening: Happening, struck: Struck) -> None:
+    watch = stage.watch
+    spec = watch.desired[group]
     happening.at = time.monotonic()
     await _told(stage, lambda control: control.drain(group, DRAIN_S, migrate=True))
     struck()
@@ -276,17 +200,18 @@ async def _scale_down(stage: Stage, role: Role, happening: Happening, struck: St
     struck()
     (group,) = (name for name in before if name not in watch.desired or watch.desired[name].draining)
     happening.where = group
-    await watch.until(
-        f"{group} is gone", lambda: group not in watch.groups and group not in watch.desired, stage.drain_s + 30
-    )
-    happening.noticed = time.monotonic() - happening.at
-    happening.reason = "gone"
-    await _scale(stage, role, len(before))
-    await watch.until(
-        f"{role} has {len(before)} groups again",
-        lambda: len(watch.of(role)) == len(before) and watch.ready(role),
-        WHOLE_S,
-    )
+    with stage.hitting(group):
+        await watch.until(
+            f"{group} is gone", lambda: group not in watch.groups and group not in watch.desired, stage.drain_s + 30
+        )
+        happening.noticed = time.monotonic() - happening.at
+        happening.reason = "gone"
+        await _scale(stage, role, len(before))
+        await watch.until(
+            f"{role} has {len(before)} groups again",
+            lambda: len(watch.of(role)) == len(before) and watch.ready(role),
+            WHOLE_S,
+        )
     happening.back = time.monotonic() - happening.at
 
 
@@ -309,29 +234,29 @@ async def _told(stage: Stage, tell: Callable[[ControlClient], Awaitable[object]]
         await asyncio.sleep(0.5)
 
 
-async def _leave(stage: Stage, traffic: Traffic, clients: int, happening: Happening) -> None:
+async def _leave(stage: Stage, traffic: Traffic, fault: Leave, happening: Happening) -> None:
     async with traffic.held():
-        await all_idle(stage, IDLE_S)
+        await _idle(stage, IDLE_S)
         happening.at = time.monotonic()
-        await traffic.leave(clients)
+        await traffic.leave(fault.clients)
         gone = time.monotonic()
-        last = await all_idle(stage, IDLE_S)
+        last = await _idle(stage, IDLE_S)
         happening.noticed = time.monotonic() - gone
         happening.reason = "all engines idle after the last client left"
         happening.where = f"last: {last}"
-        if happening.noticed > LEFT_S:
+        if happening.noticed > fault.within:
             happening.problem = f"engines were busy for {happening.noticed:.1f} s after their clients had left: {last}"
 
 
 async def _orphan(stage: Stage, traffic: Traffic, fault: Orphan, happening: Happening) -> None:
     async with traffic.held():
-        await all_idle(stage, IDLE_S)
+        await _idle(stage, IDLE_S)
         replicas = list(stage.watch.gateways.values())
         async with traffic.endless(fault.streams, fault.tokens):
             happening.at = time.monotonic()
             for replica in replicas:
                 os.kill(replica.pid, signal.SIGKILL)
-        happening.where = f"{len(replicas)} replicas, last: {await all_idle(stage, ORPHANS_S)}"
+        happening.where = f"{len(replicas)} replicas, last: {await _idle(stage, ORPHANS_S)}"
         happening.noticed = time.monotonic() - happening.at
         happening.reason = "all engines idle"
         gone = {replica.replica for replica in replicas}
@@ -339,6 +264,24 @@ async def _orphan(stage: Stage, traffic: Traffic, fault: Orphan, happening: Happ
             "the dead replicas are out of the store", lambda: not gone & stage.watch.gateways.keys(), NOTICE_S
         )
         await stage.whole()
+
+
+async def _idle(stage: Stage, within: float) -> str:
+    """Wait until every engine says that it is idle now; return what was last there."""
+    return await all_idle(lambda: stage.ready_urls, within, since=time.time())
+
+
+async def _jump_clock(stage: Stage, traffic: Traffic, fault: JumpClock, happening: Happening) -> None:
+    assert stage.side is not None
+    stage.side.set_clock(fault.by)
+    await asyncio.sleep(fault.seconds)
+    ahead = await traffic.clock_of_side() - time.time()
+    stage.side.set_clock(0)
+    happening.where = f"{ahead:+.0f} s"
+    if abs(ahead - fault.by) > CLOCK_S:
+        happening.problem = (
+            f"the gateway's clock was {ahead:+.0f} s ahead, not {fault.by:+.0f} s: the fault did nothing"
+        )
 
 
 @contextlib.contextmanager

@@ -27,7 +27,15 @@ def page(reports: Sequence[Report]) -> str:
     lines: list[str] = []
     for report in reports:
         lines += [_title(report), *(f"  {line}" for line in report.wrong), "", *_table(_rows(report)), ""]
-    return "\n".join([*lines, _total(reports), *_promises([row for report in reports for row in report.rows])])
+    left = [one.noticed for report in reports for one in report.faults if one.kind == "clients leave" and one.noticed]
+    return "\n".join(
+        [
+            *lines,
+            _total(reports),
+            *_promises([row for report in reports for row in report.rows]),
+            *_told("engines idle after the last client left", [left], "times"),
+        ]
+    )
 
 
 def _title(report: Report) -> str:
@@ -80,12 +88,12 @@ def _promises(rows: Sequence[Row]) -> Iterable[str]:
         yield from _told(f"{how} prefill, first token after the fault", [row.first for row in prefill])
 
 
-def _told(what: str, found: Iterable[Sequence[float]]) -> Iterable[str]:
+def _told(what: str, found: Iterable[Sequence[float]], of: str = "streams") -> Iterable[str]:
     values = [value for row in found for value in row]
     if values:
         shares = (percentile(values, share) for share in (0.5, 0.99, 1.0))
         within = ", ".join(f"{sum(value <= limit for value in values)} within {limit} s" for limit in (1, 2))
-        yield f"{what}: {len(values)} streams, p50 / p99 / max {' / '.join(map(_number, shares))} s; {within}"
+        yield f"{what}: {len(values)} {of}, p50 / p99 / max {' / '.join(map(_number, shares))} s; {within}"
 
 
 def _pair(one: float | None, other: float | None) -> str:

@@ -59,6 +59,8 @@ async def play(
         wrong = await play_.run(count, until)
         found, ports = stage.fleet.processes(), stage.fleet.listening()
         records = checks.records(stage)
+        if "answers" in scenario.checks:
+            wrong += [f"moved: {line}" for line in checks.moved(play_.happened, play_.traffic.done, records)]
     if "nothing left" in scenario.checks:
         wrong += [f"nothing left: {line}" for line in checks.nothing_left(stage.fleet.record.run, memory, found, ports)]
     done = play_.traffic.done
@@ -84,7 +86,9 @@ class _Play:
         self._references = references
         self._rng = random.Random(f"{scenario.name} {seed}")
         self._show = show
-        self.traffic = Traffic(stage.bases, stage.fleet.status_model, references, random.Random(seed))
+        self.traffic = Traffic(
+            stage.bases, stage.fleet.status_model, references, random.Random(seed), silence_s=scenario.silence_s
+        )
         self._going: dict[asyncio.Task[Happening], Fault] = {}
         self._done = 0
 
@@ -155,13 +159,15 @@ class _Play:
                     found = checks.answers(done, self._references, scenario.allows)
                     found += [f"{name} has not ended" for name in self.traffic.running]
                 case "usage":
-                    found = await checks.usage(stage, done)
+                    found = await checks.usage(stage, done, self._references)
                 case "rooms":
                     found = await checks.rooms(stage)
                 case "engines":
                     found = await checks.engines(stage)
                 case "groups":
                     found = await checks.groups(stage)
+                case "leases":
+                    found = await checks.leases(stage)
                 case "processes":
                     found = await checks.processes(stage)
                 case _:  # after the fleet has stopped

@@ -1,7 +1,7 @@
 """What clients ask, and what the answer to each is: taken from the fleet while nothing disturbs it.
 
-Greedy answers must also be the oracle's. Seeds, penalties and grammars have no oracle: their reference is the fleet's
-own answer, which must come twice alike.
+Greedy answers must also be the oracle's. Seeds, penalties, grammars, schemas and tool calls have no oracle: their
+reference is the fleet's own answer, which must come twice alike. So it is with logprobs, within float noise.
 """
 
 from __future__ import annotations
@@ -56,6 +56,17 @@ def _chat(name: str, content: str, tokens: int, *, oracle: bool = False, **field
     )
 
 
+_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "pattern": "^[a-z]{12}$"},
+        "words": {"type": "array", "items": {"enum": ["sun", "rain", "wind"]}, "minItems": 4, "maxItems": 4},
+        "warm": {"type": "boolean"},
+    },
+    "required": ["city", "words", "warm"],
+    "additionalProperties": False,
+}
+
 RECIPES: Sequence[Recipe] = (
     _completion("one token of prompt", 1, 60, oracle=True),
     _completion("short", 12, 120, oracle=True),
@@ -70,6 +81,26 @@ RECIPES: Sequence[Recipe] = (
     _completion("seeded", 30, 100, temperature=1, seed=7, top_p=0.95),
     _completion("grammar", 25, 110, regex="[a-z ]{100}", ignore_eos=False),
     _chat("seeded chat", "Tell me a story.", 90, temperature=0.8, seed=11, thinking_budget=30),
+    _completion("logprobs", 35, 70, oracle=True, logprobs=3),
+    _chat("chat with logprobs", "What is the sea?", 60, thinking_budget=15, logprobs=True, top_logprobs=2),
+    _chat(
+        "tool call",
+        "Is it warm in Rome?",
+        90,
+        ignore_eos=False,
+        thinking_budget=10,
+        tools=[{"type": "function", "function": {"name": "weather", "parameters": _SCHEMA}}],
+        tool_choice="required",
+        parallel_tool_calls=False,
+    ),
+    _chat(
+        "schema",
+        "Tell me about Rome.",
+        90,
+        ignore_eos=False,
+        thinking_budget=10,
+        response_format={"type": "json_schema", "json_schema": {"name": "report", "schema": _SCHEMA, "strict": True}},
+    ),
 )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from chaos.client import SILENCE_S
 from chaos.faults import (
     Drain,
     Fault,
@@ -17,6 +18,7 @@ from chaos.faults import (
     HitEngine,
     HitGateway,
     HitNetwork,
+    HitPlatform,
     HitRedis,
     HitWire,
     JumpClock,
@@ -32,7 +34,7 @@ from chaos.side_gateway import fake_time
 from chaos.stage import Shape, spare
 from tandem.core.types import Role
 
-ALL_CHECKS = ("answers", "usage", "rooms", "engines", "groups", "processes", "nothing left")
+ALL_CHECKS = ("answers", "usage", "rooms", "engines", "groups", "leases", "processes", "nothing left")
 PREFILL, DECODE = Role.PREFILL, Role.DECODE
 
 
@@ -44,6 +46,8 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
     faults: tuple[Fault, ...]
     clients: int = 3
     """Of each gateway, each with one stream after the other."""
+    silence_s: float = SILENCE_S
+    """After so long without a word clients drop their connection and ask again."""
     pause_s: float = 0.0
     """The most that a client waits before it asks again."""
     between: tuple[int, int] = (20, 150)
@@ -99,6 +103,15 @@ _CLOCK: tuple[Fault, ...] = (JumpClock(by=3600), JumpClock(by=-3600)) if fake_ti
 _DISK: tuple[Fault, ...] = (FillDisk(what="logs"), FillDisk(what="usage")) if os.geteuid() == 0 else ()
 _HAS_REDIS = shutil.which("redis-server") is not None
 
+_PLATFORM: tuple[Fault, ...] = (
+    *(HitPlatform(which=which, role=role) for which in ("rank actor", "guard", "raylet") for role in Role),
+    *(HitPlatform(which="rank actor", role=role, how="freeze") for role in Role),
+    *(HitPlatform(which=which) for which in ("GCS", "nursery", "Serve controller")),
+    HitGateway(how="freeze"),
+    HitController(how="freeze"),
+)
+"""What stands around the engines. The head's raylet is not among it: it has no spare, the fleet ends with it."""
+
 SCENARIOS: Sequence[Scenario] = (
     Scenario(
         name="engines",
@@ -109,7 +122,7 @@ SCENARIOS: Sequence[Scenario] = (
         overlap=True,
         clients=2,
         pause_s=1.0,
-        share=0.36,
+        share=0.32,
     ),
     Scenario(
         name="front",
@@ -127,7 +140,17 @@ SCENARIOS: Sequence[Scenario] = (
         ),
         clients=2,
         pause_s=1.0,
-        share=0.26,
+        share=0.24,
+    ),
+    Scenario(
+        name="platform",
+        shape=Shape(name="chaos-platform", further=_MIXED, redis=_HAS_REDIS, side=False),
+        faults=_PLATFORM,
+        clients=4,
+        pause_s=1.0,
+        # Whoever asked a gateway that stands still hears nothing of it.
+        silence_s=20.0,
+        share=0.10,
     ),
     Scenario(
         name="drains",
@@ -137,7 +160,7 @@ SCENARIOS: Sequence[Scenario] = (
         # Engines that start are to have the processors, too: else a hundred drains take an hour.
         pause_s=1.5,
         between=(5, 50),
-        share=0.28,
+        share=0.24,
     ),
     *(
         [
@@ -174,6 +197,8 @@ SLICE = Scenario(
     name="slice",
     shape=Shape(name="chaos-slice", further=_MIXED, redis=_HAS_REDIS),
     overlap=True,
+    clients=2,
+    pause_s=1.0,
     between=(10, 80),
     faults=(
         HitEngine(role=PREFILL, process="main"),
@@ -186,6 +211,9 @@ SLICE = Scenario(
         HitEngine(role=DECODE, process="scheduler", how="pause"),
         HitGateway(how="kill"),
         HitController(how="kill"),
+        HitPlatform(which="rank actor", role=DECODE),
+        HitPlatform(which="raylet", role=PREFILL),
+        HitPlatform(which="GCS"),
         HitWire(role=PREFILL, how="cut"),
         HitWire(role=DECODE, how="cut"),
         HitWire(role=DECODE, how="cut_after", seconds=2),
@@ -221,6 +249,15 @@ DEATHS = Scenario(
 )
 """Engines die one at a time, each while all other groups are ready: how long do streams wait for their next token?"""
 
+LEAVING = Scenario(
+    name="leaving",
+    shape=Shape(name="chaos-leaving", side=False),
+    clients=2,
+    between=(5, 30),
+    faults=(Leave(within=1.0), Leave(within=1.0), Leave(within=1.0), Leave(within=1.0), Orphan()),
+)
+"""On a fleet that has nothing else to do: how soon are engines idle when their clients have gone?"""
+
 
 def by_name(name: str) -> Scenario:
-    return next(scenario for scenario in (*SCENARIOS, SLICE, DEATHS) if scenario.name == name)
+    return next(scenario for scenario in (*SCENARIOS, SLICE, DEATHS, LEAVING) if scenario.name == name)

@@ -34,6 +34,20 @@ def fake_time() -> str | None:
     return next(iter(glob.glob("/usr/lib/*/faketime/libfaketimeMT.so.1")), None)
 
 
+def faked(library: str, clock: Path) -> dict[str, str]:
+    """Environment of a process whose wall clock `clock` tells: by how many seconds it is ahead (`+3600`). Its monotonic
+    clock goes on as ever, as after a step by NTP."""
+    return {
+        "LD_PRELOAD": library,
+        "FAKETIME_TIMESTAMP_FILE": str(clock),
+        "FAKETIME_CACHE_DURATION": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        # Else waits of threads on the monotonic clock end at once, and Python threads take turns at their lock without
+        # a pause: 25 times the processor time (libfaketime 0.9.10).
+        "FAKETIME_FORCE_MONOTONIC_FIX": "0",
+    }
+
+
 class SideGateway:
     """The gateway, its copy of the store, and the proxies by the group's name."""
 
@@ -73,7 +87,7 @@ class SideGateway:
         await asyncio.to_thread(self._start)
 
     def set_clock(self, ahead: float) -> None:
-        """Let its wall clock be so many seconds ahead. Its monotonic clock goes on as ever, as after a step by NTP."""
+        """Let its wall clock be so many seconds ahead."""
         draft = self._clock.with_suffix(".new")
         draft.write_text(f"{ahead:+g}\n")
         draft.replace(self._clock)
@@ -104,15 +118,7 @@ class SideGateway:
         )
         environment = dict(os.environ)
         if library := fake_time():
-            environment |= {
-                "LD_PRELOAD": library,
-                "FAKETIME_TIMESTAMP_FILE": str(self._clock),
-                "FAKETIME_CACHE_DURATION": "1",
-                "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-                # Else waits of threads on the monotonic clock end at once, and Python's threads take turns at their lock
-                # without a pause: 25 times the processor time (libfaketime 0.9.10).
-                "FAKETIME_FORCE_MONOTONIC_FIX": "0",
-            }
+            environment |= faked(library, self._clock)
         with open(self.log, "ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "chaos.gateway_process"],

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import shutil
 import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from support.fleet import Fleet, ephemeral
 from support.namespaces import address, machines, name
 from support.redis_server import RedisServer
 from tandem.config import ControlConfig, FleetConfig, GatewayConfig, MeteringConfig, PoolConfig, RayConfig, StateConfig
-from tandem.core.types import GroupSpec, Role
+from tandem.core.types import GroupSpec, GroupState, Role
 from tandem.fleet.cluster import LocalCluster
 from tandem.fleet.control_client import ControlClient
 from tandem.fleet.ray_processes import NodePlace
@@ -64,7 +66,32 @@ class Stage:
         self.side: SideGateway | None = None
         self.disks: dict[str, Path] = {}
         """Small disks by what is on them: "logs", "usage"."""
-        self.processes_before: set[int] = set()
+        self._hits: dict[str, float] = {}
+        self._last: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def hitting(self, group: str) -> Iterator[None]:
+        """Note that a fault takes a group, for the length of a `with` block: it may restart of right."""
+        self._hits[group] = math.inf
+        try:
+            yield
+        finally:
+            self._hits[group] = time.monotonic()
+
+    def hit_since(self, group: str, at: float) -> bool:
+        """Whether a fault has taken a group after `at`, on the monotonic clock, or did so then."""
+        return self._hits.get(group, -math.inf) > at
+
+    async def pause_after(self, what: str, seconds: float) -> None:
+        """Return once `seconds` have passed since this last returned for `what`."""
+        left = self._last.get(what, -math.inf) + seconds - time.monotonic()
+        await asyncio.sleep(max(0.0, left))
+        self._last[what] = time.monotonic()
+
+    @property
+    def ready_urls(self) -> dict[str, str]:
+        """URLs of the groups that are ready, by name."""
+        return {name: group.url for name, group in self.watch.groups.items() if group.state is GroupState.READY}
 
     @property
     def bases(self) -> dict[bool, str]:

@@ -73,10 +73,51 @@ async def test_a_cut_after_some_bytes_lets_no_more_than_these_pass(proxy: FaultP
 async def test_who_is_refused_is_reset(proxy: FaultProxy) -> None:
     proxy.refusing = True
     ends = await connected(proxy)
+    ends[1].write(b"POST /generate HTTP/1.1")
     with pytest.raises(ConnectionResetError):
         await ends[0].read()
+    assert (proxy.legs, proxy.legs_refused) == (0, 1)
     proxy.mend()
     assert await echoed(await connected(proxy), b"again") == b"again"
+
+
+async def test_it_knows_which_connections_carry_a_leg(proxy: FaultProxy) -> None:
+    polled, leg = await connected(proxy), await connected(proxy)
+    await echoed(polled, b"GET /v1/loads HTTP/1.1\r\n\r\n")
+    found = []
+    # What is echoed is an answer, too.
+    for data in (b"POST /generate HTTP/1.1\r\ncontent-length: 5\r\n\r\n", b"he", b"llo"):
+        await echoed(leg, data)
+        found.append((proxy.legs_open, proxy.legs_streaming))
+    assert (found, proxy.legs) == ([(1, 0), (1, 1), (0, 0)], 1)
+
+
+async def test_a_leg_is_refused_on_an_old_connection_too(proxy: FaultProxy) -> None:
+    ends = await connected(proxy)
+    await echoed(ends, b"before")
+    proxy.refusing = True
+    ends[1].write(b"POST /generate HTTP/1.1")
+    with pytest.raises(ConnectionResetError):
+        await ends[0].read()
+    assert proxy.legs_refused == 1
+
+
+async def test_an_answer_in_chunks_is_over_with_the_last(proxy: FaultProxy) -> None:
+    leg = await connected(proxy)
+    await echoed(leg, b"POST /generate HTTP/1.1\r\n\r\n5\r\nhello\r\n0\r")
+    assert proxy.legs_streaming == 1
+    await echoed(leg, b"\n\r\n")
+    assert proxy.legs_open == 0
+
+
+async def test_idle_connections_are_cut_and_legs_are_not(proxy: FaultProxy) -> None:
+    idle, leg = await connected(proxy), await connected(proxy)
+    await echoed(idle, b"GET /v1/loads HTTP/1.1\r\n\r\n")
+    await echoed(leg, b"POST /generate HTTP/1.1\r\n\r\n")
+    proxy.cut_idle()
+    with pytest.raises(ConnectionResetError):
+        await idle[0].read()
+    assert await echoed(leg, b"5\r\nhello\r\n") == b"5\r\nhello\r\n"
 
 
 async def test_what_is_stalled_comes_when_it_is_mended(proxy: FaultProxy) -> None:

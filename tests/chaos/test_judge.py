@@ -11,16 +11,24 @@ from typing import Any
 import msgspec
 import pytest
 
-from chaos.checks import nothing_left
+from chaos.checks import miscounted, moved, nothing_left
 from chaos.client import Outcome
+from chaos.engine_faults import Happening
 from chaos.measure import longest, percentile
 from chaos.scenarios import SCENARIOS, SLICE, Scenario
 from chaos.traffic import References
 from support.fleet import shared_memory
+from tandem.core.usage import UsageRecord
 from tandem.fleet.run_folder import RUN_VARIABLE
 
 RIGHT = Outcome(
-    name="r", recipe="short", tokens=[1, 2, 3, 4], text="abcd", finish="length", usage={"completion_tokens": 4}
+    name="r",
+    logprobs=[-0.5, -0.2],
+    recipe="short",
+    tokens=[1, 2, 3, 4],
+    text="abcd",
+    finish="length",
+    usage={"completion_tokens": 4, "prompt_tokens": 9},
 )
 REFERENCES = References([], {"short": RIGHT})
 
@@ -44,10 +52,48 @@ def test_the_same_answer_is_right() -> None:
         pytest.param({"usage": {"completion_tokens": 5}}, "usage tells 5", id="counted twice"),
         pytest.param({"error": "HTTP 503", "code": "503"}, "503", id="refused"),
         pytest.param({"left": True, "tokens": [1, 3]}, "other tokens among the first 2", id="left with a wrong one"),
+        pytest.param({"usage": {"completion_tokens": 4, "prompt_tokens": 13}}, "usage tells 13 prompt", id="prompt"),
+        pytest.param({"logprobs": [-0.5, -0.2002]}, "other logprobs: by up to 0.0002", id="logprobs"),
+        pytest.param({"logprobs": [-0.5]}, "1 logprobs, not 2", id="a logprob lost"),
+        pytest.param({"calls": ['f {"a":']}, "other tool calls", id="call cut"),
     ],
 )
 def test_an_answer_that_is_not_whole_and_right_is_found(fields: dict[str, Any], why: str) -> None:
     assert why in REFERENCES.fault(changed(**fields))
+
+
+def test_logprobs_may_differ_as_float_sums_do() -> None:
+    assert REFERENCES.fault(changed(logprobs=[-0.50001, -0.19999])) == ""
+
+
+RECORD = UsageRecord(id="1", at=0.0, model="m", prompt_tokens=9, completion_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("records", "why"),
+    [
+        pytest.param([RECORD], "", id="right"),
+        pytest.param([], "has 0 usage records", id="none"),
+        pytest.param([RECORD, RECORD], "has 2 usage records", id="two"),
+        pytest.param([msgspec.structs.replace(RECORD, completion_tokens=5)], "records tell [5]", id="tokens"),
+        # As if what was delivered before a move had become a part of the prompt.
+        pytest.param([msgspec.structs.replace(RECORD, prompt_tokens=11, migrations=1)], "tell [11]", id="prompt"),
+    ],
+)
+def test_usage_records_that_do_not_fit_the_answer_are_found(records: list[UsageRecord], why: str) -> None:
+    found = miscounted(changed(tries=1), records, REFERENCES)
+    assert why in found
+    assert bool(found) == bool(why)
+
+
+@pytest.mark.parametrize(
+    ("attempts", "wrong"), [(2, []), (1, ["cut decode leg (decode-0) hit 1 streams, 0 took another pair"])]
+)
+def test_a_stream_that_was_cut_must_have_moved(attempts: int, wrong: list[str]) -> None:
+    cut = Happening(kind="cut decode leg", where="decode-0", at=11.0, must_move=1)
+    stream = changed(side=True, began=10.0, ended=14.0)
+    found = {"r": [msgspec.structs.replace(RECORD, attempts=attempts)]}
+    assert moved([cut], [stream], found) == wrong
 
 
 def test_who_left_may_have_a_part() -> None:

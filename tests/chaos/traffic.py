@@ -18,6 +18,8 @@ from chaos.recipes import RECIPES, Expected, Recipe, prompt, stopping
 from tandem.engine.http1 import Pool
 
 _QUIET_S = 120.0
+LOGPROB_NOISE = 1e-4
+"""What the engine's logprobs may differ by from those of another batch (`engine/test_api_real.py`)."""
 
 
 class WrongReference(AssertionError):
@@ -43,14 +45,37 @@ class References:
             ("tokens", outcome.tokens, wanted.tokens),
             ("text", outcome.text, wanted.text),
             ("reasoning", outcome.reasoning, wanted.reasoning),
+            ("tool calls", outcome.calls, wanted.calls),
             ("finish", outcome.finish, wanted.finish),
         ]
         for what, got, right in pairs:
             if got != right:
                 return f"other {what}: {_first_difference(got, right)}"
-        told = outcome.usage.get("completion_tokens")
-        expected = wanted.usage["completion_tokens"]
-        return "" if told == expected else f"usage tells {told} tokens, not {expected}"
+        return _other_logprobs(outcome, wanted) or _other_usage(outcome, wanted)
+
+    def prompt_tokens(self, recipe: str) -> int:
+        """Of its prompt, as the undisturbed fleet counted them."""
+        return int(self._answers[recipe].usage["prompt_tokens"])
+
+
+def _other_logprobs(outcome: Outcome, wanted: Outcome) -> str:
+    """They are computed in other batches, and after a move in one pass over the prompt and what was delivered: so
+    sums come in another order."""
+    for got, right in ((outcome.logprobs, wanted.logprobs), (outcome.tops, wanted.tops)):
+        if len(got) != len(right):
+            return f"{len(got)} logprobs, not {len(right)}"
+        worst = max((abs(one - other) for one, other in zip(got, right, strict=True)), default=0.0)
+        if worst > LOGPROB_NOISE:
+            return f"other logprobs: by up to {worst:.2g}"
+    return ""
+
+
+def _other_usage(outcome: Outcome, wanted: Outcome) -> str:
+    for what in ("completion_tokens", "prompt_tokens"):
+        told, expected = outcome.usage.get(what), wanted.usage.get(what)
+        if told != expected:
+            return f"usage tells {told} {what}, not {expected}"
+    return ""
 
 
 def _first_difference(got: Sequence[Any], right: Sequence[Any]) -> str:
@@ -111,14 +136,24 @@ async def _prompt_ids(pool: Pool, base: str, model: str, recipe: Recipe) -> list
 class Traffic:
     """`clients` of each gateway, each asking one thing after the other. Belongs to the running loop."""
 
-    def __init__(self, bases: Mapping[bool, str], model: str, references: References, rng: random.Random) -> None:
-        """`bases`: URL of the fleet's gateways (False), and of the side gateway (True) where there is one."""
+    def __init__(
+        self,
+        bases: Mapping[bool, str],
+        model: str,
+        references: References,
+        rng: random.Random,
+        *,
+        silence_s: float = SILENCE_S,
+    ) -> None:
+        """`bases`: URL of the fleet's gateways (False), and of the side gateway (True) where there is one. `silence_s`:
+        after so long without a word clients drop their connection and ask again."""
         self.done: list[Outcome] = []
         self.running: dict[str, Outcome] = {}
         self._bases = bases
         self._model = model
         self._references = references
         self._rng = rng
+        self._silence_s = silence_s
         self._pool = Pool()
         self._numbers = itertools.count(1)
         self._going = asyncio.Event()
@@ -203,13 +238,29 @@ class Traffic:
             for response in began:
                 response.close()
 
+    async def clock_of_side(self) -> float:
+        """The side gateway's time, in Unix seconds: that of an answer."""
+        body = {"model": self._model, "prompt": prompt(1, 5), "max_tokens": 1, "temperature": 0}
+        url = f"{self._bases[True]}/v1/completions"
+        status, answer = await self._pool.fetch("POST", url, body=orjson.dumps(body), within=SILENCE_S)
+        assert status == 200, answer
+        return float(orjson.loads(answer)["created"])
+
     async def ask_one(self, recipe: Recipe, *, side: bool = False, leave_after: int | None = None) -> Outcome:
         """One request, noted like all others."""
         outcome = Outcome(name=f"chaos-{self._run}-{next(self._numbers)}", recipe=recipe.name, side=side)
         outcome.began = time.monotonic()
         self.running[outcome.name] = outcome
         try:
-            await ask(self._pool, self._bases[side], self._model, recipe, outcome, leave_after=leave_after)
+            await ask(
+                self._pool,
+                self._bases[side],
+                self._model,
+                recipe,
+                outcome,
+                leave_after=leave_after,
+                silence_s=self._silence_s,
+            )
         finally:
             del self.running[outcome.name]
             self.done.append(outcome)

@@ -7,11 +7,13 @@ import contextlib
 import itertools
 import json
 import random
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from chaos.idle import all_idle
 from support.fleet import Fleet
 from support.oracle import Oracle
 from tandem.bench.client import stream
@@ -92,12 +94,19 @@ def _tokens(counters: Counters, mode: str) -> float:
     return total(counters, "tandem_engine_batch_tokens_total", mode=mode)
 
 
-def test_a_client_that_leaves_stops_both_legs(fleet: Fleet, prompt: list[int]) -> None:
-    asyncio.run(_leave_after(fleet, prompt, pieces=3))
-    fleet.until("no request is left in any engine", lambda: _idle(fleet), within=5)
+def test_a_second_after_a_client_has_left_both_engines_are_idle(fleet: Fleet, prompt: list[int]) -> None:
+    asyncio.run(_idle_after_a_client_has_left(fleet, prompt, within=1))
     decoded = fleet.counted("decode-0", "tandem_engine_batch_tokens_total", mode="decode")
     assert fleet.complete([7], 2)  # the engines still serve, and have done nothing else meanwhile
     assert fleet.counted("decode-0", "tandem_engine_batch_tokens_total", mode="decode") - decoded <= 2
+
+
+async def _idle_after_a_client_has_left(fleet: Fleet, prompt: list[int], within: float) -> None:
+    """By what `/v1/loads` of both tells in reports that are younger than the leaving."""
+    groups = await asyncio.to_thread(lambda: {group["group"]: group["url"] for group in fleet.status()["groups"]})
+    await all_idle(lambda: groups, 10, since=time.time())
+    await _leave_after(fleet, prompt, pieces=3)
+    await all_idle(lambda: groups, within, since=time.time())
 
 
 async def _leave_after(fleet: Fleet, prompt: list[int], pieces: int) -> None:

@@ -42,7 +42,14 @@ CONFIG = FleetConfig.model_validate(
         "prefill": {"nodes": 1},
         "decode": {
             "nodes": 1,
-            "autoscaling": {"max_groups": 2, "itl_s": 0.05, "up_cooldown_s": 1, "down_cooldown_s": 5},
+            "autoscaling": {
+                "min_groups": 0,
+                "max_groups": 2,
+                "itl_s": 0.05,
+                "up_cooldown_s": 1,
+                "down_cooldown_s": 5,
+                "idle_s": 1,
+            },
         },
         "planning": {"tick_s": 0.5, "fast_window_s": 2, "slow_window_s": 10},
     }
@@ -59,6 +66,8 @@ class Reported:
         self._began = time.time()
         self._tokens = 0
         self._running = 0
+        self.waiting = 0
+        """Requests for which there is no decode group."""
 
     def load(self, running: int) -> None:
         self._running = running
@@ -80,6 +89,7 @@ class Reported:
                 output_tokens=self._tokens,
                 itl=tuple(itl),
                 running=self._running,
+                waiting_decode=self.waiting,
             )
             await self._store.put(f"{TRAFFIC}g", msgspec.json.encode(report), ttl=10)
             await asyncio.sleep(0.2)
@@ -91,6 +101,15 @@ class Stage:
     controller: ActorHandle[Controller]
 
 
+async def wish(folder: Path) -> None:
+    """A group of each role is wished for before the controller starts, as whoever starts a fleet does."""
+    store = await open_store("embedded", fleet=FLEET, folder=folder)
+    for role in Role:
+        spec = GroupSpec(group=f"{role}-0", role=role, nodes=1)
+        await store.put(f"{DESIRED}{spec.group}", msgspec.json.encode(spec))
+    await store.close()
+
+
 @pytest.fixture
 def stage() -> Iterator[Stage]:
     with tempfile.TemporaryDirectory(prefix="tandem-") as name:
@@ -98,6 +117,7 @@ def stage() -> Iterator[Stage]:
         cluster = LocalCluster.start(folder, 3)
         try:
             connect(cluster.address, namespace=FLEET)
+            asyncio.run(wish(folder))
             controller = start_controller(
                 ControllerSettings(
                     fleet=FleetRecord(name=FLEET, model_path="/first", model_name="script", model_version="1"),
@@ -149,12 +169,9 @@ def serving(fleet: FleetSnapshot) -> list[str]:
     ]
 
 
-async def test_a_load_step_makes_it_go_from_one_group_to_two_and_back_although_the_controller_dies(
+async def test_a_load_step_makes_it_go_from_one_group_to_two_and_to_none_and_back_although_the_controller_dies(
     stage: Stage, store: Store
 ) -> None:
-    for role in Role:
-        spec = GroupSpec(group=f"{role}-0", role=role, nodes=1)
-        await store.put(f"{DESIRED}{spec.group}", msgspec.json.encode(spec))
     gateway = Reported(store, stage.folder / "rooms")
     reporting = asyncio.create_task(gateway.keep())
     try:
@@ -166,6 +183,12 @@ async def test_a_load_step_makes_it_go_from_one_group_to_two_and_back_although_t
         gateway.load(0)
         one = await until(store, "one is wanted again", lambda fleet: all(plan.wanted == 1 for plan in fleet.plans))
         left = await until(store, "one group is left", lambda fleet: len(fleet.groups) == 2)
+        none = await until(
+            store, "none is left", lambda fleet: [group.role for group in fleet.groups] == [Role.PREFILL]
+        )
+        os.kill(await stage.controller.pid.remote(), signal.SIGKILL)
+        gateway.waiting = 1
+        again = await until(store, "one group serves again", lambda fleet: len(serving(fleet)) == 1)
     finally:
         reporting.cancel()
         await asyncio.wait([reporting])
@@ -173,3 +196,5 @@ async def test_a_load_step_makes_it_go_from_one_group_to_two_and_back_although_t
     assert "time between tokens" in two.plans[0].reason
     assert one.plans[0].reason
     assert len(serving(left)) == 1
+    assert "0 groups instead of 1: nobody has asked anything" in none.plans[0].reason
+    assert again.plans[0].reason == "decode: 1 group instead of 0: requests wait and there is no group"

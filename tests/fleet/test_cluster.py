@@ -61,6 +61,7 @@ def ended(pids: list[int], within: float) -> bool:
     return all(readable for readable, _, _ in poll)
 
 
+@pytest.mark.alone
 def test_a_stopped_cluster_leaves_no_process_and_no_file(folder: Path) -> None:
     shared = set(os.listdir("/dev/shm"))
     cluster = LocalCluster.start(folder, 3)
@@ -73,6 +74,7 @@ def test_a_stopped_cluster_leaves_no_process_and_no_file(folder: Path) -> None:
     assert set(os.listdir("/dev/shm")) <= shared
 
 
+@pytest.mark.alone
 def test_everything_dies_with_a_host_that_is_killed(folder: Path) -> None:
     shared = set(os.listdir("/dev/shm"))
     host = subprocess.Popen(

@@ -26,6 +26,7 @@ from tandem.core.types import Group, GroupSpec, GroupState, RankState, Role
 from tandem.fleet.cluster import LocalCluster, connect, disconnect
 from tandem.fleet.control_client import ControlClient, ControlError
 from tandem.fleet.controller import CONTROL_KEY, ControlAddress, Controller, ControllerSettings, start_controller
+from tandem.fleet.controller_watch import look
 from tandem.fleet.hands import HandsSettings
 from tandem.fleet.rank import RankName, RankSettings
 from tandem.fleet.rank_actors import make_actor
@@ -206,6 +207,21 @@ async def test_a_killed_controller_comes_back_adopts_its_groups_and_restarts_non
     assert living(*pair) == pids(*pair)
 
 
+async def test_a_controller_that_stands_still_is_ended_and_the_next_one_restarts_none(
+    stage: Stage, pair: tuple[Group, Group]
+) -> None:
+    assert await look(known=False, silent_s=WITHIN_S)
+    old = await stage.controller.pid.remote()
+    os.kill(old, signal.SIGSTOP)
+    assert not await look(known=True, silent_s=0.5)
+    await asyncio.to_thread(psutil.Process(old).wait, WITHIN_S)
+    async with asyncio.timeout(WITHIN_S):
+        while not await look(known=False, silent_s=WITHIN_S):
+            await asyncio.sleep(0.1)
+    ray.get(stage.controller.ready.remote(WITHIN_S))
+    assert living(*pair) == pids(*pair)
+
+
 async def test_what_happens_after_the_controller_came_back_is_noticed(
     stage: Stage, pair: tuple[Group, Group], store: Store
 ) -> None:
@@ -335,6 +351,59 @@ async def test_other_weights_reach_every_group_without_a_restart_and_a_restarted
     assert "with /second" in Path(again.ranks[0].log).read_text()
     await control.refresh(RefreshAsk(path="/first", version="1"))
     assert (await over(control)).phase is RefreshPhase.DONE
+
+
+def declaring(group: str, path: str, version: str) -> GroupSpec:
+    role = Role(group.partition("-")[0])
+    return GroupSpec(group=group, role=role, nodes=1, declared_path=path, declared_version=version)
+
+
+async def made_anew(control: ControlClient, store: Store, group: str, path: str, version: str) -> Group:
+    """A new group of that name, which declares these weights, as soon as it is ready."""
+    await control.remove(group)
+    await until_forgotten(store, group)
+    await control.put_group(declaring(group, path, version))
+    return await until_ready(store, group)
+
+
+async def another_address(store: Store) -> str:
+    """Of the control service, as soon as it answers again."""
+    async with asyncio.timeout(WITHIN_S):
+        async for change in store.watch(CONTROL_KEY):
+            assert change.value is not None
+            address = msgspec.json.decode(change.value, type=ControlAddress).address
+            with contextlib.suppress(ControlError):
+                async with ControlClient(address, deadline=2) as control:
+                    await control.fleet()
+                    return address
+    raise AssertionError("the watch ended")
+
+
+def started_with(group: Group) -> str:
+    """The folder that its engine was given."""
+    return Path(group.ranks[0].log).read_text().splitlines()[-1].rpartition(" with ")[2]
+
+
+async def test_a_new_group_starts_with_the_weights_it_declares_and_after_a_refresh_with_what_took_their_place(
+    stage: Stage, four: list[str], control: ControlClient, store: Store
+) -> None:
+    for name in four:
+        await control.put_group(declaring(name, "/first", "1"))
+    other = await made_anew(control, store, "decode-6", "/third", "3")
+    assert (other.weight_version, started_with(other)) == ("3", "/third")
+    with pytest.raises(ControlError, match="A change of the weights goes on"):
+        await control.refresh(RefreshAsk(path="/second", version="2"))
+    await made_anew(control, store, "decode-6", "/first", "1")
+    await control.refresh(RefreshAsk(path="/second", version="2"))
+    assert (await over(control)).phase is RefreshPhase.DONE
+    os.kill(await stage.controller.pid.remote(), signal.SIGKILL)
+    async with ControlClient(await another_address(store)) as control:  # the next one knows it too
+        same = await made_anew(control, store, "decode-6", "/first", "1")
+        assert (same.weight_version, started_with(same)) == ("2", "/second")
+        other = await made_anew(control, store, "decode-6", "/third", "3")
+        assert (other.weight_version, started_with(other)) == ("3", "/third")
+        with pytest.raises(ControlError, match="The weights in /none cannot be taken"):
+            await control.check_weights("/none", "4")
 
 
 async def test_a_refresh_goes_on_when_the_controller_is_killed_in_the_middle(

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -15,9 +16,10 @@ from node_world import TANDEM, World, address, ask, control, until, world
 
 from support.namespaces import needs_root
 from support.redis_server import RedisServer
-from tandem.config import ControlConfig, FleetConfig, GatewayConfig, PoolConfig, RayConfig, StateConfig
+from tandem.config import ControlConfig, FleetConfig, GatewayConfig, ModelConfig, PoolConfig, RayConfig, StateConfig
 from tandem.core.types import FleetSnapshot, Group, GroupSpec, GroupState, Role
 from tandem.fleet.control_client import ControlClient, ControlError
+from tandem.models.tiny import ensure_tiny
 
 pytestmark = [needs_root, pytest.mark.timeout(600)]
 
@@ -231,6 +233,41 @@ async def test_leaving_drains_the_group_and_says_so(stage: Stage, fleet: Control
     assert said.splitlines()[-1] in ("decode-0 is gone", "decode-0 is gone: no request runs there")
     assert all(one.group != "decode-0" for one in (await fleet.fleet()).desired)
     assert await asyncio.to_thread(leave) == "decode-0 is gone\n"
+
+
+async def test_gateways_read_another_model_where_the_configuration_names_one_that_fits(
+    stage: Stage, fleet: ControlClient, decode: Group
+) -> None:
+    def naming(path: Path) -> FleetConfig:
+        return stage.config.model_copy(update={"model": ModelConfig(path=path, name="tiny", version="2")})
+
+    first = (await seen(fleet, lambda fleet: len(fleet.gateways) == 1)).gateways
+    stage.write(naming(Path("/none")))
+    why = "model.path names weights that the fleet cannot take: the checkpoint in /none cannot be read"
+    await asyncio.to_thread(until, lambda: why in stage.log("head.log"), WITHIN_S, what="the head's word")
+    other = stage.world.folder / "other"
+    ensure_tiny(other, seed=1)
+    stage.write(naming(other))
+    # The controller reads there as well, so another one takes over; what it serves ends with the old one.
+    again = first
+    while again == first or len(again) != 1:
+        with contextlib.suppress(ControlError):
+            async with control(stage.control, WITHIN_S) as client:
+                again = (
+                    await seen(client, lambda fleet: len(fleet.gateways) == 1 and fleet.gateways != first)
+                ).gateways
+    async with control(stage.control, WITHIN_S) as client:
+        assert await ready(client, "decode-0") == decode
+    assert (await asyncio.to_thread(ask, f"{again[0].url}/health"))[0] == 200
+    # A head that starts while the configuration names what is not there goes by what the fleet has.
+    stage.write(naming(Path("/none")))
+    stage.head.kill()
+    stage.head.wait(10)
+    stage.head = stage.world.head(stage.on, stage.file)
+    await asyncio.to_thread(until, lambda: readiness(stage.on) == 200, WITHIN_S, what="the new head")
+    assert "the fleet goes on with the weights that it has: version 1 in" in stage.log("head.log")
+    async with ControlClient(stage.control) as client:
+        assert await ready(client, "decode-0") == decode
 
 
 async def test_a_node_that_is_told_to_ends_with_code_0_and_leaves_no_process(stage: Stage) -> None:

@@ -1,16 +1,19 @@
 """etcd, kube-apiserver and kube-controller-manager for tests, in the cluster's network (`network.py`).
 
 The binaries come from the folder that KUBEBUILDER_ASSETS names (envtest's convention; here with kube-controller-manager
-too), else from PATH. They die with the test process, and are stopped by their process id.
+too), else from PATH: of Kubernetes 1.20 or any later release, both of the same. They die with the test process, and are
+stopped by their process id.
 """
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -41,8 +44,8 @@ CONTROLLERS = (
 )
 """Those whose work tests look at. Nodes' life and volumes are the process kubelet's (`kubelet/`)."""
 
-_FEATURES = "BoundServiceAccountTokenVolume=true"
-"""Pods get their token as on newer servers: a projected volume, not a Secret."""
+_TOKENS_AS_LATER = "--feature-gates=BoundServiceAccountTokenVolume=true"
+"""Before 1.21: pods get their token as on later servers, a projected volume, not a Secret."""
 
 
 def find_binary(name: str) -> Path | None:
@@ -52,6 +55,29 @@ def find_binary(name: str) -> Path | None:
         return inside
     found = shutil.which(name)
     return None if found is None else Path(found)
+
+
+@functools.cache
+def release() -> tuple[int, int]:
+    """Major and minor number of the API server's release, as its binary says them. Raises RuntimeError."""
+    binary = find_binary("kube-apiserver")
+    if binary is None:
+        raise RuntimeError(why_not())
+    done = subprocess.run([str(binary), "--version"], capture_output=True, text=True, timeout=60, check=False)
+    found = re.search(r"v(\d+)\.(\d+)", done.stdout)
+    if found is None:
+        raise RuntimeError(f"{binary} --version says no release: {done.stdout or done.stderr}")
+    return int(found[1]), int(found[2])
+
+
+def has_cel() -> bool:
+    """Whether the server holds objects to rules in CEL. Before 1.25 it drops those rules, or refuses to apply them."""
+    return release() >= (1, 25)
+
+
+def budget_api() -> str:
+    """Group and version of PodDisruptionBudgets."""
+    return "policy/v1" if release() >= (1, 21) else "policy/v1beta1"
 
 
 def why_not() -> str | None:
@@ -187,7 +213,7 @@ class ControlPlane:
             # Writes the endpoints of the Service `kubernetes`.
             "--endpoint-reconciler-type=master-count",
             "--apiserver-count=1",
-            f"--feature-gates={_FEATURES}",
+            *([_TOKENS_AS_LATER] if release() < (1, 21) else []),
             "--allow-privileged=true",
             f"--cert-dir={self.folder / 'api-server'}",
             "--profiling=false",
@@ -216,13 +242,13 @@ class ControlPlane:
             f"--service-account-private-key-file={self.folder / 'service-accounts.key'}",
             f"--root-ca-file={self.folder / 'ca.crt'}",
             "--use-service-account-credentials=true",
-            f"--feature-gates={_FEATURES}",
+            *([_TOKENS_AS_LATER] if release() < (1, 21) else []),
             "--leader-elect=false",
             "--kube-api-qps=500",
             "--kube-api-burst=1000",
             "--bind-address=127.0.0.1",
             f"--secure-port={self._controller_port}",
-            "--port=0",
+            *(["--port=0"] if release() < (1, 22) else []),  # it listened without TLS, too
             f"--cert-dir={self.folder / 'controller-manager'}",
         )
 

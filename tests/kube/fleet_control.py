@@ -121,7 +121,7 @@ class FleetControl:
                 role=spec.role,
                 epoch=1,
                 state=GroupState.READY,
-                weight_version="1",
+                weight_version=spec.declared_version or "1",
                 kv_format=spec.kv_format,
                 revision=spec.revision,
                 since=time.time(),
@@ -175,6 +175,9 @@ class FleetControl:
         left = self.answers.get(group) or [GroupCheck(verdict=CheckVerdict.OK)]
         answer = left.pop(0) if len(left) > 1 else left[0]
         return replace(answer, epoch=self.groups[group].epoch)
+
+    async def check_weights(self, path: str, version: str) -> None:
+        self.calls.append(("weights", version))
 
     async def refresh(self, ask: RefreshAsk) -> Refresh:
         raise NoRefresh()

@@ -12,23 +12,27 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import httpx2
 
-from chaos.recipes import Expected
+from chaos.client import Outcome
+from chaos.recipes import RECIPES, Expected
 from chaos.traffic import References, Traffic, take_references
 from kube.cluster import Cluster
 from kube.kubelet import Image
 from support.helm import CHART, helm
+from tandem.fleet.control_client import ControlClient
 from tandem.models.tiny import ensure_tiny
 
 NAME = "mini"
 RACK = "topology.tandem.dev/rack"
 OPERATOR_ACCOUNT = "tandem-operator"
 MODEL = "tiny"
+_PAUSE_S = 0.5
+"""The most that a client waits before it asks again: engines that start are to have the processors, too."""
 _TOKENS_S = 120.0
 """Clients must be given a token within this, whatever happens to the fleet."""
 
@@ -57,21 +61,35 @@ def values(**spec: Any) -> dict[str, Any]:
         "ray": {"pods": small},
         "timeouts": {"drainSeconds": 30, "migrateSeconds": 25},
     }
-    for key, value in spec.items():
-        fleet[key] = {**fleet.get(key, {}), **value} if isinstance(value, dict) else value
     return {
         "operator": {"replicas": 1, "image": {"name": OPERATOR_IMAGE}},
-        "fleet": {"create": True, "name": NAME, "spec": fleet},
+        "fleet": {"create": True, "name": NAME, "spec": _over(fleet, spec)},
     }
+
+
+def _over(spec: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """A spec with another's fields over it; objects of both are mixed."""
+    mixed = {key: {**spec.get(key, {}), **value} if isinstance(value, dict) else value for key, value in other.items()}
+    return {**spec, **mixed}
+
+
+def tiny(folder: Path, name: str = MODEL, seed: int = 0) -> Path:
+    """A tiny model in `folder`; the default is the one that a fleet without a path serves."""
+    ensure_tiny(folder / name, seed=seed)
+    return folder / name
 
 
 class LiveFleet:
     """A fleet that answers. Made by `install`."""
 
-    def __init__(self, cluster: Cluster, namespace: str, folder: Path) -> None:
+    def __init__(
+        self, cluster: Cluster, namespace: str, folder: Path, spec: dict[str, Any], operator: dict[str, Any]
+    ) -> None:
+        """`spec`, `operator`: what it is installed with, and keeps."""
         self.cluster = cluster
         self.namespace = namespace
         self._folder = folder
+        self._spec, self._operator = spec, operator
         self._references: References | None = None
 
     @property
@@ -124,16 +142,33 @@ class LiveFleet:
 
     def gateways(self) -> list[dict[str, Any]]:
         """The gateways' pods."""
+        return self.pods("component", "gateway")
+
+    def pods(self, label: str, value: str) -> list[dict[str, Any]]:
+        """Pods with a label of Tandem's."""
         pods = self.cluster.kubelet.objects("pods", self.namespace)
-        return [one for one in pods if one["metadata"].get("labels", {}).get("tandem.dev/component") == "gateway"]
+        return [one for one in pods if one["metadata"].get("labels", {}).get(f"tandem.dev/{label}") == value]
+
+    def control(self) -> ControlClient:
+        """The head's control service."""
+        (head,) = self.pods("component", "head")
+        return ControlClient(f"{head['status']['podIP']}:9000")
 
     def kubectl(self, *arguments: str, **options: Any) -> str:
         """kubectl in the fleet's namespace."""
         return self.cluster.kubectl("--namespace", self.namespace, *arguments, **options)
 
     def upgrade(self, **spec: Any) -> None:
-        """`helm upgrade` with another spec."""
-        _helm(self.cluster, "upgrade", self.namespace, self._folder, values(**spec))
+        """`helm upgrade`: as it was installed, but for this."""
+        self.helm("upgrade", **spec)
+
+    def helm(self, verb: str, **spec: Any) -> None:
+        """`helm install` or `helm upgrade`, without a wait, with `spec` over what the fleet keeps."""
+        chosen = values(**_over(self._spec, spec))
+        chosen["operator"].update(self._operator)
+        file = self._folder / f"values-{time.monotonic_ns()}.json"
+        file.write_text(json.dumps(chosen))
+        helm(verb, "tandem", CHART, "--namespace", self.namespace, "-f", file, kubeconfig=self.cluster.kubeconfig)
 
     def chat(self, text: str, tokens: int = 16) -> dict[str, Any]:
         """One greedy answer, whole."""
@@ -146,16 +181,38 @@ class LiveFleet:
     def references(self) -> References:
         """What each recipe's answer is; greedy ones are also the oracle's."""
         if self._references is None:
-            model = self._folder / MODEL
-            ensure_tiny(model)
+            model = tiny(self._folder)
             self._references = asyncio.run(take_references(self.url, MODEL, Expected(model, self._folder)))
         return self._references
 
     @contextlib.contextmanager
     def traffic(self, clients: int = 2) -> Iterator[Background]:
-        """Clients that ask without a pause meanwhile; in the end each answer must be whole and right, and have been
-        given at the first try."""
-        background = Background(self.url, self.references(), clients)
+        """Clients that ask one thing after the other meanwhile; in the end each answer must be whole and right, and
+        have been given at the first try."""
+        with self._asked(self.references(), self.references().fault, clients) as background:
+            yield background
+
+    @contextlib.contextmanager
+    def traffic_of(self, models: Mapping[str, Path], clients: int = 2) -> Iterator[Background]:
+        """The same while weights change: each answer must be, token for token, that of the weights whose version it
+        names. `models`: the folder of each version. An answer by two versions would be nobody's."""
+        greedy = [recipe for recipe in RECIPES if recipe.oracle and "prompt" in recipe.fields]
+        fields = {recipe.name: recipe.fields for recipe in greedy}
+        expected = {version: Expected(model, self._folder) for version, model in models.items()}
+
+        def fault(one: Outcome) -> str:
+            if one.error or one.version not in expected:
+                return f"{one.code}: {one.error}" if one.error else f"it names version {one.version!r}"
+            asked = fields[one.recipe]
+            right = expected[one.version].answer(asked["prompt"], asked["max_tokens"])
+            return "" if one.tokens == right else f"other tokens than those of version {one.version}"
+
+        with self._asked(References(greedy, {}), fault, clients) as background:
+            yield background
+
+    @contextlib.contextmanager
+    def _asked(self, references: References, fault: Callable[[Outcome], str], clients: int) -> Iterator[Background]:
+        background = Background(self.url, references, clients)
         try:
             yield background
             background.progress(20)
@@ -163,7 +220,7 @@ class LiveFleet:
             background.stop()
         done = background.done
         assert done
-        wrong = [f"{one.name} ({one.recipe}): {why}" for one in done if (why := self.references().fault(one))]
+        wrong = [f"{one.name} ({one.recipe}): {why}" for one in done if (why := fault(one))]
         again = [f"{one.name} ({one.recipe}): {one.tries} tries" for one in done if one.tries > 1]
         print(f"{len(done)} answers, {len(wrong)} wrong, {len(again)} of them after more than one try")
         assert not wrong, f"{len(wrong)} of {len(done)} answers: {wrong[:5]}"
@@ -181,11 +238,11 @@ class Background:
 
     async def _start(self, base: str, references: References, clients: int) -> Traffic:
         traffic = Traffic({False: base}, MODEL, references, random.Random(5))
-        traffic.start(clients)
+        traffic.start(clients, _PAUSE_S)
         return traffic
 
     @property
-    def done(self) -> list[Any]:
+    def done(self) -> list[Outcome]:
         """Requests that are over."""
         return self._traffic.done
 
@@ -214,19 +271,14 @@ def install(
     for image in (OPERATOR_IMAGE, ENGINE_IMAGE, NEXT_IMAGE):
         cluster.kubelet.images[image] = Image(env={"PATH": programs})
     cluster.kubelet.missing_images.add(MISSING_IMAGE)
-    chosen = values(**spec)
-    chosen["operator"].update(operator or {})
-    _helm(cluster, "install", namespace, folder, chosen)
-    return LiveFleet(cluster, namespace, folder)
+    fleet = LiveFleet(cluster, namespace, folder, spec, operator or {})
+    fleet.helm("install")
+    return fleet
 
 
 def uninstall(fleet: LiveFleet) -> None:
-    """Remove the fleet, then the release; the CRDs stay, as Helm has it."""
+    """Remove the fleet, and when its groups have gone, for which they need an operator, the release. CRDs stay, as Helm
+    has it."""
     fleet.kubectl("delete", "fleet", NAME, "--wait=true", "--timeout=90s")
+    fleet.cluster.wait(lambda: not fleet.kubectl("get", "epp,epg", "-o", "name"), 90, "pools and groups are gone")
     helm("uninstall", "tandem", "--namespace", fleet.namespace, kubeconfig=fleet.cluster.kubeconfig)
-
-
-def _helm(cluster: Cluster, verb: str, namespace: str, folder: Path, chosen: dict[str, Any]) -> None:
-    file = folder / f"values-{time.monotonic_ns()}.json"
-    file.write_text(json.dumps(chosen))
-    helm(verb, "tandem", CHART, "--namespace", namespace, "-f", file, kubeconfig=cluster.kubeconfig)

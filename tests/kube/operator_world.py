@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from kube.cluster import Cluster
+from kube.control_plane import budget_api, has_cel
 from kube.fleet_control import FleetControl
+from tandem_operator import crds
 
-CRDS = Path(__file__).parents[2] / "helm" / "tandem" / "crds"
 IMAGE = "registry.invalid/tandem:none"
 KINDS = "fleets,epp,epg,statefulsets,services,configmaps,poddisruptionbudgets"
 GROUPS = {
@@ -26,7 +27,6 @@ GROUPS = {
     "services": "v1",
     "configmaps": "v1",
     "pods": "v1",
-    "poddisruptionbudgets": "policy/v1beta1",
     "leases": "coordination.k8s.io/v1",
     "podgroups": "scheduling.volcano.sh/v1beta1",
 }
@@ -35,6 +35,7 @@ SOON = 240.0
 """Seconds; the machine may be busy."""
 
 
+EVERYWHERE = ("*",)
 NOWHERE = {"nodeSelector": {"tandem.dev/nowhere": "yes"}}
 """No node has it: pods wait, and cost nothing."""
 
@@ -44,10 +45,15 @@ def pool(**more: Any) -> dict[str, Any]:
     return {"nodes": 1, "gpusPerNode": 1, "rollout": {"canarySeconds": 0}, "pods": NOWHERE, **more}
 
 
+def apply_kinds(cluster: Cluster, *, cel: bool) -> None:
+    """Give the server our CustomResourceDefinitions, with rules in CEL or without."""
+    cluster.kubectl("apply", "-f", "-", input="---\n".join(crds.files(cel=cel).values()))
+
+
 def serve_kinds(cluster: Cluster) -> None:
     """Our resources are served, their objects are garbage-collected, and no pod of a fleet finds its image."""
     cluster.kubelet.missing_images.add(IMAGE)
-    cluster.kubectl("apply", "-f", str(CRDS))
+    apply_kinds(cluster, cel=has_cel())
     cluster.kubectl("wait", "--for=condition=Established", "--timeout=60s", "crd", "--all")
     cluster.control_plane.restart_controller_manager()
 
@@ -110,16 +116,19 @@ class World:
         lease_namespace: str = "",
         lease_s: int = 20,
     ) -> Operator:
-        """Start one more. It is the administrator, and looks at this namespace, unless something else is said."""
+        """Start one more. It is the administrator, and looks at this namespace, unless something else is said;
+        `EVERYWHERE` = at all, told as the chart does it."""
         with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as probe:
             port = probe.getsockname()[1]
         log = self.folder / f"operator-{len(self.operators)}.log"
         command = [sys.executable, "-m", "tandem_operator.main", "run", "--port", str(port), *options]
-        for namespace in namespaces or (self.namespace,):
+        for namespace in () if namespaces == EVERYWHERE else namespaces or (self.namespace,):
             command += ["--namespace", namespace]
         command += ["--lease-namespace", lease_namespace or self.namespace, "--lease-seconds", str(lease_s)]
         env = {**os.environ, "KUBECONFIG": str(kubeconfig or self.cluster.kubeconfig)}
         env["TANDEM_OPERATOR_CONTROL"] = f"127.0.0.1:{self.control.port}"
+        if namespaces == EVERYWHERE:
+            env["TANDEM_OPERATOR_NAMESPACES"] = "*"
         with log.open("wb") as out:
             process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)
         self.operators.append(Operator(process, log, port))
@@ -149,7 +158,8 @@ class World:
     def got(self, what: str) -> dict[str, Any] | None:
         """One object by plural and name, as `services/f`, unless it is being deleted."""
         kind, _, name = what.partition("/")
-        found = self.cluster.get(kind, name, self.namespace, group=GROUPS.get(kind, "tandem.dev/v1alpha1"))
+        group = budget_api() if kind == "poddisruptionbudgets" else GROUPS.get(kind, "tandem.dev/v1alpha1")
+        found = self.cluster.get(kind, name, self.namespace, group=group)
         return found if found is not None and "deletionTimestamp" not in found["metadata"] else None
 
     def kubectl(self, *arguments: str) -> str:

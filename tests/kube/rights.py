@@ -64,7 +64,7 @@ def chart_roles(release: str, namespaces: Sequence[str]) -> list[Object]:
     """What the chart makes of accounts, roles and bindings for an operator in `release` that looks at `namespaces`."""
     operator = {"watchNamespaces": list(namespaces), "gangSchedulers": ["volcano"], "rayClusters": True}
     values = {"operator": operator}
-    made = template(values=values, namespace=release, apis=("policy/v1beta1",))
+    made = template(values=values, namespace=release)
     return [one for one in made if one["kind"] in ("ServiceAccount", "Role", "RoleBinding")]
 
 

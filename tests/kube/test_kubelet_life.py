@@ -8,6 +8,7 @@ import pytest
 
 from kube.cluster import Cluster
 from kube.conftest import NODES, RACK
+from kube.control_plane import budget_api
 from kube.kubelet.rest import Object
 from kube.manifests import pod, service, workload
 from kube.pods import FOREVER, SOON, end_of, fetch, main_status, node_of, ready, serve
@@ -69,7 +70,7 @@ def test_who_does_not_end_within_its_grace_is_killed(cluster: Cluster, namespace
 
 def test_an_eviction_ends_a_pod_unless_its_budget_forbids(cluster: Cluster, namespace: str) -> None:
     spec = {"minAvailable": 1, "selector": {"matchLabels": {"app": "kept"}}}
-    budget = {"apiVersion": "policy/v1beta1", "kind": "PodDisruptionBudget", "metadata": {"name": "b"}, "spec": spec}
+    budget = {"apiVersion": budget_api(), "kind": "PodDisruptionBudget", "metadata": {"name": "b"}, "spec": spec}
     cluster.apply(budget, pod("kept", *FOREVER), namespace=namespace)
     ready(cluster, namespace, "kept")
     said = cluster.kubectl("drain", "--pod-selector=app=kept", "--force", "--timeout=2s", *NODES, check=False)

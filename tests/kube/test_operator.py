@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from kube.audit import requests
 from kube.cluster import Cluster
 from kube.fleet_control import FleetControl
-from kube.operator_world import IMAGE, World
+from kube.operator_world import EVERYWHERE, IMAGE, World
+from kube.rights import ACCOUNT
+from support.helm import template
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -130,6 +134,42 @@ def test_a_pool_that_is_deleted_comes_back_and_its_groups_drain(world: World) ->
     assert world.control.asked("drain") == ["decode-0"]
 
 
+def test_groups_that_a_deleted_pool_leaves_serve_on_and_what_a_deleted_group_leaves_goes(world: World) -> None:
+    world.fleet()
+    world.operator()
+    world.ready()
+    world.kubectl("scale", "epp", "f-decode", "--replicas=2")
+    world.ready("1/1 2/2")
+    before = world.all()
+    put = len(world.control.asked("put"))
+    world.kubectl("delete", "epp", "f-decode", "--cascade=orphan", "--timeout=60s")
+
+    def taken_up() -> bool:
+        now = world.all()
+        pool = now.get("ExpertParallelPool/f-decode", before["ExpertParallelPool/f-decode"])["metadata"]["uid"]
+        assert pool != before["ExpertParallelPool/f-decode"]["metadata"]["uid"], "the pool is not made again"
+        for name in (
+            "ExpertParallelGroup/f-decode-0",
+            "ExpertParallelGroup/f-decode-1",
+            "PodDisruptionBudget/f-decode",
+        ):
+            owners = [one["uid"] for one in now[name]["metadata"].get("ownerReferences", ())]
+            assert owners == [pool], f"{name} is owned by {owners}"
+        return True
+
+    world.wait(taken_up)
+    world.ready("1/1 2/2")
+    rest = {name: one["metadata"]["uid"] for name, one in before.items() if name != "ExpertParallelPool/f-decode"}
+    assert {name: world.all()[name]["metadata"]["uid"] for name in rest} == rest
+    assert (world.control.asked("drain"), len(world.control.asked("put"))) == ([], put)
+
+    world.kubectl("delete", "epg", "f-decode-0", "--cascade=orphan", "--timeout=60s")
+    world.ready("1/1 2/2")
+    assert world.control.asked("drain") == ["decode-0"]
+    left = [name for name in world.all() if name.endswith("/f-decode-0")]
+    assert left == [], f"{left} are left of the group"
+
+
 def test_a_number_that_somebody_set_stands_until_the_fleet_says_another(world: World) -> None:
     world.fleet()
     world.operator()
@@ -244,6 +284,40 @@ def test_of_two_releases_that_look_at_a_namespace_one_acts_and_the_other_takes_o
     world.kubectl("scale", "epp", "f-decode", "--replicas=1")
     world.ready("1/1 1/1")
     assert second.counted("tandem_operator_namespace_claimed", namespace=world.namespace) == 1
+
+
+def test_an_operator_of_the_whole_cluster_needs_no_more_than_the_charts_cluster_role(
+    cluster: Cluster, world: World, tmp_path: Path
+) -> None:
+    with cluster.namespace("operators") as release, cluster.namespace("other") as elsewhere:
+        made = template(values={"operator": {"watchNamespaces": ["*"]}}, namespace=release)
+        mine = [one for one in made if one["kind"] == "ServiceAccount" or "Role" in one["kind"]]
+        assert {one["kind"] for one in mine} >= {"ClusterRole", "ClusterRoleBinding"}
+        listed = json.dumps({"apiVersion": "v1", "kind": "List", "items": mine})
+        cluster.kubectl("apply", "-f", "-", input=listed)
+        other = World(cluster, elsewhere, tmp_path, world.control)
+        kubeconfig = cluster.service_account(ACCOUNT, release)
+        operator = world.operator(kubeconfig=kubeconfig, namespaces=EVERYWHERE, lease_namespace=release)
+        try:
+            for place in (world, other):
+                place.fleet()
+            for place in (world, other):
+                place.ready()
+                held = (place.got("leases/tandem-fleets") or {})["spec"]["holderIdentity"]
+                assert held == f"{release}/tandem-operator"
+                assert operator.counted("tandem_operator_namespace_claimed", namespace=place.namespace) == 1
+            assert {name.partition("/")[0] for name in other.all()} == {name.partition("/")[0] for name in world.all()}
+            for place in (world, other):
+                place.kubectl("delete", "fleet", "f", "--wait=false")
+            for place in (world, other):
+                place.wait(lambda place=place: not place.all(), "nothing")
+            operator.kill(signal.SIGTERM)  # a watch is noted when it ends
+            asked = list(requests(cluster.control_plane.audit_log, ACCOUNT, release))
+            assert {right.verb for right, _ in asked} >= {"list", "watch", "create", "patch"}
+            assert sorted({str(right) for right, status in asked if status in (401, 403)}) == []
+        finally:
+            other.let_groups_go()
+            cluster.kubectl("delete", "-f", "-", input=listed, check=False)
 
 
 def test_a_fleet_that_cannot_be_says_why(world: World) -> None:

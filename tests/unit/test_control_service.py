@@ -102,6 +102,10 @@ class MemoryFleet:
     async def check(self, group: str) -> GroupCheck:
         return GroupCheck(verdict=CheckVerdict.WRONG, message="it says Rome", epoch=3, partner=self._known(group).group)
 
+    async def check_weights(self, path: str, version: str) -> None:
+        if path == "/none":
+            raise Refused(f"The weights of version {version} in {path} cannot be taken.")
+
     async def refresh(self, ask: RefreshAsk) -> Refresh:
         self.asked = ask
         return await self.refresh_state()
@@ -171,6 +175,19 @@ async def test_a_group_is_checked_and_the_answer_arrives_as_it_was(client: Contr
     with pytest.raises(ControlError) as caught:
         await client.check("decode-9")
     assert caught.value.code == "NOT_FOUND"
+
+
+async def test_weights_are_looked_at_before_there_are_groups_with_them(client: ControlClient) -> None:
+    await client.check_weights("/second", "2")
+    await client.check_weights("", "1")
+    for path, version, code in (
+        ("/none", "2", "FAILED_PRECONDITION"),
+        ("second", "2", "INVALID_ARGUMENT"),
+        ("/second", "", "INVALID_ARGUMENT"),
+    ):
+        with pytest.raises(ControlError) as caught:
+            await client.check_weights(path, version)
+        assert caught.value.code == code
 
 
 async def test_a_refresh_is_asked_for_followed_and_stopped(served: Served) -> None:
@@ -253,6 +270,8 @@ async def test_an_id_that_cannot_be_one_is_refused(client: ControlClient, group:
         ({"draining": True}, "call DrainGroup"),
         ({"migrate_at": 5.0}, "call DrainGroup"),
         ({"weights_path": "/second"}, r"weights_path is set, but not spec\.weight_version"),
+        ({"declared_path": "/second"}, r"spec\.declared_version is ''; it must be 1 to 64 printable"),
+        ({"declared_path": "second", "declared_version": "2"}, r"spec\.declared_path is 'second'; it must be an absol"),
     ],
 )
 async def test_a_spec_that_can_never_be_right_is_refused(

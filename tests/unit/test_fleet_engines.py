@@ -90,17 +90,26 @@ def test_a_group_runs_the_weights_that_its_wish_names_and_else_the_fleets_own(mo
 
 def test_a_checkpoint_that_running_engines_cannot_take_is_one_sentence(model: Path, tmp_path: Path) -> None:
     engines = SglangEngines(FleetConfig(), model=model, name="tiny")
+    other = tmp_path / "other"
+    other.mkdir()
     with pytest.raises(NoEngineError, match="the checkpoint in /no/model cannot be read"):
         engines.check_weights("/no/model")
     config = json.loads((model / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (other / "config.json").write_text(json.dumps(config))
     with pytest.raises(NoEngineError, match=r"holds no weights \(\*\.safetensors\)"):
-        engines.check_weights(str(tmp_path))
-    (tmp_path / "model.safetensors").touch()
-    engines.check_weights(str(tmp_path))
-    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+        engines.check_weights(str(other))
+    (other / "model.safetensors").touch()
+    (model / "tokenizer.json").write_text('{"vocab": {"a": 1, "b": 2}}')
+    with pytest.raises(NoEngineError, match=r"other/tokenizer\.json cannot be read"):
+        engines.check_weights(str(other))
+    (other / "tokenizer.json").write_text('{"vocab": {"a": 2, "b": 1}}')
+    with pytest.raises(NoEngineError, match=r"the tokenizer in .*/other is another one than the fleet's"):
+        engines.check_weights(str(other))
+    (other / "tokenizer.json").write_text('{"vocab": {"b": 2,\n "a": 1}}')
+    engines.check_weights(str(other))
+    (other / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
     with pytest.raises(NoEngineError, match="has another shape than the fleet's"):
-        engines.check_weights(str(tmp_path))
+        engines.check_weights(str(other))
 
 
 def test_a_group_that_cannot_work_and_a_model_that_is_not_there_are_one_sentence(model: Path) -> None:

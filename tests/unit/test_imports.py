@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "platform" / "tandem"
 MAY_IMPORT = {
     "core": {"core"},
-    "config": set(),
+    "config": {"core"},
     "config_file": {"config"},
     "planning_policy": {"config", "core"},
     "state": {"state", "core"},

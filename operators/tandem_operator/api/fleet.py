@@ -29,6 +29,12 @@ from tandem_operator.api.pool import Image, ModelVolume, Rollout
 class Model(ModelConfig):
     """What is served."""
 
+    version: str = Field(
+        "1",
+        min_length=1,
+        max_length=64,
+        description="Weight version that answers carry; 1 = made of the path, so that another path has another one.",
+    )
     volume: ModelVolume = Field(default_factory=ModelVolume)
 
 

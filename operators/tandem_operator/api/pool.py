@@ -38,12 +38,16 @@ class ModelVolume(Section):
 
 
 class Rollout(Section):
-    """How a change of image, flags or pods goes through a pool: group by group."""
+    """How a change of image, flags, weights or pods goes through a pool: group by group."""
 
     max_surge: int = Field(1, ge=0, le=64, description="Groups above the wanted number while it goes on.")
     max_unavailable: int = Field(0, ge=0, le=64, description="Groups below it.")
     canary_s: float = Field(30, ge=0, description="The first new group must serve well for so long before the others.")
-    progress_s: float = Field(1800, gt=0, description="A new group that is not ready by then stops the change.")
+    progress_s: float = Field(
+        1800,
+        gt=0,
+        description="A new group that is not ready by then stops the change; a wait so long is told as Stalled.",
+    )
     canary_prompt: bool = Field(
         True,
         description="The first new group serves nobody until it has answered a known prompt as the groups that serve do"
@@ -64,6 +68,9 @@ class EngineTemplate(Section):
     image: Image
     device: Literal["cpu", "cuda"] = Field("cuda", description="What the engine runs on.")
     model_path: str | None = Field(None, description="Checkpoint folder in the pod; none = the tiny model.")
+    model_version: str | None = Field(
+        None, min_length=1, max_length=64, description="Version of the weights there; none = made of the path."
+    )
     model_volume: ModelVolume = Field(default_factory=ModelVolume)
     redundant_experts: int = Field(
         0, ge=0, le=1024, description="Further copies of experts, so that a group whose size does not divide them fits."

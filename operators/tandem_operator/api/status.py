@@ -36,7 +36,11 @@ class SloStatus(Section):
 
     ttft_s: float | None = Field(None, description="Time to first token, at the pool's percentile; none = no request.")
     itl_s: float | None = Field(None, description="Time between tokens, at the pool's percentile; none = no token.")
-    attainment: float | None = Field(None, description="Share of requests that kept both aims, 0 to 1.")
+    attainment: float | None = Field(
+        None,
+        description="Share of requests that kept both aims, 0 to 1: by their time to first token, and the mean time"
+        " between their tokens; none = nobody knows.",
+    )
     requests_per_second: float | None = Field(None, description="That arrive; none = nobody counts.")
 
 

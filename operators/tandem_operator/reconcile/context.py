@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from tandem.core.group_record import Weights
 from tandem_operator.apply import Applier
 from tandem_operator.cache import Cache
 from tandem_operator.checks import Checks
@@ -40,6 +41,10 @@ class Context:
     """Groups that leave and that their fleet, asked, does not know, with since when (Unix seconds)."""
 
     checks: Checks = field(default_factory=Checks)
+
+    weights: dict[tuple[Key, Weights], tuple[float, str]] = field(default_factory=dict)
+    """What fleets were asked of weights that a change declares: when (Unix seconds), and why not (empty = they take
+    them)."""
 
     def now(self) -> float:
         """Unix seconds."""

@@ -20,10 +20,12 @@ from tandem_operator.names import (
     FLEET_GROUPS,
     FLEET_LABEL,
     POOL,
+    POOL_LABEL,
     STATEFUL_SET,
     Key,
     Object,
     group_name,
+    key_of,
     leaving,
     pool_name,
 )
@@ -95,11 +97,19 @@ async def _ensure_pool(ctx: Context, fleet: Object, spec: FleetSpec, role: Role)
     key = Key(POOL, namespace, pool_name(name, role))
     groups = pool_of(spec, role).groups
     live = ctx.cache.get(key)
-    replicas = groups
+    replicas = groups if live is not None else await _left(ctx, key, name) or groups
     if live is not None and (live["metadata"].get("annotations") or {}).get(FLEET_GROUPS) == str(groups):
         replicas = live["spec"].get("replicas", groups)
     # With the pool's resourceVersion: a `kubectl scale` at the same moment is not undone.
     await ctx.applier.ensure(key, pool_object(fleet, spec, role), fleet, keep={"replicas": replicas})
+
+
+async def _left(ctx: Context, pool: Key, fleet: str) -> int:
+    """How many groups an earlier object of a pool has left without an owner: the new one begins with as many."""
+    known = ctx.cache.all(EP_GROUP, pool.namespace, {FLEET_LABEL: fleet, POOL_LABEL: pool.name})
+    # As they are now: those that still have their owner go with it.
+    found = [await ctx.kube.get(key_of(EP_GROUP, group)) for group in known]
+    return sum(one is not None and not leaving(one) and not one["metadata"].get("ownerReferences") for one in found)
 
 
 def _forget(key: Key) -> None:
@@ -206,7 +216,8 @@ def _conditions(
     ready: dict[Role, int],
     gateways: int,
 ) -> list[Told]:
-    missing = [f"no {role} group is ready" for role in Role if not ready[role]]
+    asleep = [role for role in Role if not wanted[role] and _may_sleep(spec, role)]
+    missing = [f"no {role} group is ready" for role in Role if not ready[role] and role not in asleep]
     if not gateways:
         missing.append("no gateway is ready")
     lacking = [
@@ -227,8 +238,9 @@ def _conditions(
     if not link.reachable:
         found.append(told("Available", None if gateways else False, "ControlUnreachable", _unknown(gateways)))
     else:
-        message = "; ".join(missing) or "Requests are answered."
-        found.append(told("Available", not missing, "Unavailable" if missing else "Available", message))
+        message = "; ".join(missing) or ("Requests are answered." if not asleep else _asleep(asleep))
+        reason = "Unavailable" if missing else "NobodyAsks" if asleep else "Available"
+        found.append(told("Available", not missing, reason, message))
     old = _old_head(ctx, key, spec)
     reason = "Starting" if lacking else "HeadOutdated" if old else "Complete"
     message = "; ".join(filter(None, (*lacking, old))) or "All is there."
@@ -240,6 +252,18 @@ def _conditions(
     else:
         found.append(told("Paused", False, "NotPaused"))
     return found
+
+
+def _may_sleep(spec: FleetSpec, role: Role) -> bool:
+    """Whether its last group goes while nobody asks."""
+    autoscaling = pool_of(spec, role).autoscaling
+    return autoscaling is not None and autoscaling.min_groups == 0
+
+
+def _asleep(roles: list[Role]) -> str:
+    return (
+        f"Nobody asks, so no {' and no '.join(roles)} group is wanted; the next request brings one, and waits for it."
+    )
 
 
 def _unknown(gateways: int) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from tandem.config import TimeoutConfig
+from tandem.core.refresh import some_pair
 from tandem.core.types import EngineSettings, FleetSnapshot, Group, GroupState, Rank
 from tandem.core.types import GroupSpec as Wish
 from tandem.fleet.control_client import ControlError
@@ -19,7 +21,9 @@ from tandem_operator.names import (
     EP_GROUP,
     FLEET,
     FORCE_DRAIN,
+    ORPHAN_FINALIZER,
     POOL,
+    SERVICE,
     STATEFUL_SET,
     VOLCANO_GANG,
     Key,
@@ -33,11 +37,14 @@ from tandem_operator.reconcile.context import Context, rfc3339, unix
 from tandem_operator.reconcile.guest import check_move, is_guest
 from tandem_operator.render.config import SpecError, fleet_spec
 from tandem_operator.render.group import group_children
+from tandem_operator.revision import weights_of
 
 _AGAIN_S = 2.0
 _ABSENT_S = 5.0
 """A fleet that has lost its state does not know its groups either, for seconds: one that it had is missed so long."""
 _LONGEST_REASON = 500
+_SERVED = {"weights_path": "", "weight_version": ""}
+"""What the operator does not say of a group."""
 _PHASES = {
     GroupState.STARTING: "Starting",
     GroupState.READY: "Ready",
@@ -85,7 +92,8 @@ async def reconcile_group(ctx: Context, key: Key) -> float | None:
         asked = ask(ctx, key, group, spec, link, stands)
         again = again or asked
         try:
-            await _put(link, spec, held=stands.held)
+            if not await _put(link, spec, held=stands.held, going=pods_of(ctx.cache, key, spec.nodes).going):
+                again = again or _AGAIN_S
         except ControlError as error:
             trouble.append(f"the fleet does not take it: {error}")
             await ctx.recorder.tell(EP_GROUP, group, "Refused", str(error), type_="Warning")
@@ -105,7 +113,7 @@ def _no_gang(kind: Kind, scheduler: str, status: int) -> str:
 
 def wish_of(spec: GroupSpec, *, held: bool = False) -> Wish:
     """What the fleet is told of a group. `held`: it must not serve yet, whatever people say."""
-    template = spec.template
+    template, weights = spec.template, weights_of(spec.template)
     return Wish(
         group=spec.group,
         role=spec.role,
@@ -120,26 +128,27 @@ def wish_of(spec: GroupSpec, *, held: bool = False) -> Wish:
             redundant_experts=template.redundant_experts,
             max_total_tokens=template.max_total_tokens,
         ),
+        declared_path=weights.path,
+        declared_version=weights.version,
     )
 
 
-async def _put(link: FleetLink, spec: GroupSpec, *, held: bool) -> None:
-    """Let the fleet have the group as it should be. One that drains (its pod was evicted) is put again once it is gone.
+async def _put(link: FleetLink, spec: GroupSpec, *, held: bool, going: str) -> bool:
+    """Let the fleet have the group as it should be; False = not yet. One that drains (its pod was evicted) is put again
+    once it is gone, and the pod (`going`) with it: its engines would begin there, and end with the pod.
 
-    Its weights are the fleet's business, and are left as they are.
+    It declares weights; whether it serves these, or what a refresh has put in their place, is the fleet's business.
     """
     assert link.snapshot is not None, "a reachable fleet has told what it is"
     wanted = wish_of(spec, held=held)
     known = next((wish for wish in link.snapshot.desired if wish.group == spec.group), None)
-    if known is not None:
-        if known.draining:
-            return
-        same = {"weights_path": known.weights_path, "weight_version": known.weight_version}
-        if msgspec.structs.replace(wanted, **same) == known:
-            return
-        wanted = msgspec.structs.replace(wanted, **same)
+    if known is not None and (known.draining or msgspec.structs.replace(known, **_SERVED) == wanted):
+        return True
+    if known is None and going:
+        return False
     async with link.client() as client:
         await client.put_group(wanted)
+    return True
 
 
 # -- leaving
@@ -159,14 +168,14 @@ async def _leave(ctx: Context, key: Key, group: Object, spec: GroupSpec) -> floa
         fleet_says = fleet_spec(fleet["spec"])
     except SpecError:
         fleet_says = None
-    drain_s = fleet_says.timeouts.drain_s if fleet_says else 120.0
+    timeouts = fleet_says.timeouts if fleet_says else TimeoutConfig()
     link = ctx.links.open(key.namespace, spec.fleet)
     asked_at = unix(group["metadata"]["deletionTimestamp"])
     if not link.known:
         return _AGAIN_S
     if not link.reachable:
         away = min(link.away_s, ctx.now() - asked_at)
-        if away > drain_s:
+        if away > timeouts.drain_s:
             why = f"The control service has been away for {away:.0f} s ({link.why}): it goes without a drain."
             await _let_go(ctx, key, group, why)
             return None
@@ -180,12 +189,13 @@ async def _leave(ctx: Context, key: Key, group: Object, spec: GroupSpec) -> floa
             there = next((found for found in snapshot.groups if found.group == spec.group), None)
             if wish is None and there is None:
                 now = ctx.now()
-                if _had(group) and now - (absent_since or now) < _ABSENT_S:
+                if _had(group) and (more := (absent_since or now) + _ABSENT_S - now) > 0:
                     ctx.absent[key] = absent_since or now
-                    return _AGAIN_S
+                    return min(_AGAIN_S, more)
                 await _let_go(ctx, key, group, "")
                 return None
             if wish is not None and not wish.draining:
+                drain_s = drain_limit(timeouts, snapshot, spec.group)
                 wish = await client.drain(spec.group, drain_s, force=_forced(ctx, group, fleet_says))
                 message = f"{spec.group} drains: its streams end or move to other groups within {drain_s:g} s."
                 await ctx.recorder.tell(EP_GROUP, group, "Draining", message)
@@ -199,6 +209,21 @@ async def _leave(ctx: Context, key: Key, group: Object, spec: GroupSpec) -> floa
     wait = told("Drained", False, "Draining", message)
     await _tell_leaving(ctx, key, group, spec, snapshot, wait, deadline)
     return _AGAIN_S
+
+
+def drain_limit(timeouts: TimeoutConfig, fleet: FleetSnapshot, group: str) -> float:
+    """Seconds that a group has to be empty.
+
+    A stream keeps its weights. If pairs serve, and none but those of this group has its weights, its streams can go
+    nowhere: then it has as long as for other weights in place.
+    """
+    stays = {wish.group for wish in fleet.desired if not wish.draining and wish.group != group}
+    serve = [one for one in fleet.groups if one.routable and one.group in stays]
+    own = _found(fleet, group)
+    elsewhere = [one for one in serve if own is not None and one.weight_version == own.weight_version]
+    if own is None or not own.weight_version or some_pair(elsewhere) or not some_pair(serve):
+        return timeouts.drain_s
+    return max(timeouts.drain_s, timeouts.refresh_drain_s)
 
 
 def _had(group: Object) -> bool:
@@ -216,10 +241,17 @@ def _forced(ctx: Context, group: Object, fleet: FleetSpec | None) -> bool:
 
 
 async def _let_go(ctx: Context, key: Key, group: Object, why: str) -> None:
-    """Take our finalizer off: the object goes, and its pods after it."""
+    """Take our finalizer off: the object goes, and its pods after it, whatever was said of them: no other group could
+    use them, and they hold its GPUs."""
+    meta = group["metadata"]
+    if ORPHAN_FINALIZER in meta["finalizers"]:
+        return  # that it is gone is news, and another look
     if why:
         await ctx.recorder.tell(EP_GROUP, group, "NotDrained", why, type_="Warning")
-    meta = group["metadata"]
+    for kind in (STATEFUL_SET, SERVICE):
+        if await ctx.applier.sweep(Key(kind, key.namespace, key.name)):
+            message = f"{kind.kind} {key.name} goes as well: it is of no use without its group."
+            await ctx.recorder.tell(EP_GROUP, group, "Removed", message)
     rest = [name for name in meta["finalizers"] if name != DRAIN_FINALIZER]
     change = {"metadata": {"resourceVersion": meta["resourceVersion"], "finalizers": rest or None}}
     await ctx.applier.patch(key, change)
@@ -272,7 +304,10 @@ async def _tell(
         if (known := group.get("status")) and known.get("state"):
             status = {**known, "readyRanks": known.get("readyRanks", "")}  # the last that was known
     elif there is None:
-        ready = told("Ready", False, "NotStarted", "The fleet has not begun to start it.")
+        until = (
+            f"It starts when pod {placed.going} has gone." if placed.going else "The fleet has not begun to start it."
+        )
+        ready = told("Ready", False, "NotStarted", until)
     else:
         is_ready = there.state is GroupState.READY
         ready = told("Ready", is_ready, _PHASES[there.state], there.reason)

@@ -13,6 +13,7 @@ from tandem.core.types import NO_NODES, DpLoad, FleetSnapshot, Group, GroupState
 from tandem_operator.api.pool import Rollout
 from tandem_operator.names import Object, leaving
 from tandem_operator.pod_state import PodsState
+from tandem_operator.revision import weights_in, weights_name
 
 
 def rules_of(rollout: Rollout) -> Rules:
@@ -96,6 +97,7 @@ def _member(
         revision=spec["revision"],
         state=state,
         kv_format=spec["template"].get("kvFormat", ""),
+        weights=weights_name(weights_in(spec["template"])),
         weight_version=there.weight_version if there is not None else "",
         ready_since=there.since if there is not None and state is GroupState.READY else None,
         served=served,

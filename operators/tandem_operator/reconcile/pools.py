@@ -14,7 +14,7 @@ import msgspec
 
 from tandem.core.rollout import roll, templates_to_keep
 from tandem.core.rollout_types import Create, Memory, Phase, Plan, Pool, Remove
-from tandem.core.types import FleetSnapshot, GroupState, Role
+from tandem.core.types import GroupState, Role
 from tandem_operator.api.fleet import FleetSpec
 from tandem_operator.api.pool import GroupSpec, PoolSpec
 from tandem_operator.apply import Trouble
@@ -26,6 +26,8 @@ from tandem_operator.names import (
     FLEET,
     FLEET_LABEL,
     GROUP_LABEL,
+    MANAGED_BY,
+    MANAGER,
     POOL,
     POOL_LABEL,
     Key,
@@ -43,9 +45,10 @@ from tandem_operator.reconcile.context import Context
 from tandem_operator.reconcile.guest import check_move, is_guest
 from tandem_operator.reconcile.members import members_of, rules_of
 from tandem_operator.reconcile.remembered import Remembered, Revision, memory_key, remembered
+from tandem_operator.reconcile.weights import why_not
 from tandem_operator.render.config import SpecError, fleet_spec
 from tandem_operator.render.pool import group_object, group_spec, pool_budget
-from tandem_operator.revision import kv_format_of, revision_of
+from tandem_operator.revision import kv_format_of, revision_of, weights_in, weights_name, weights_of
 
 _AGAIN_S = 2.0
 _SLOWLY_S = 10.0
@@ -84,9 +87,12 @@ async def reconcile_pools(ctx: Context, key: Key) -> float | None:
         return None  # the Fleet makes them
     link = ctx.links.open(key.namespace, key.name)
     known = remembered(ctx, key)
-    plans = roll([_pool(ctx, pool, link, known, fleet_says) for pool in pools.values()], ctx.now())
+    held = {role: await _held(ctx, pool, link, known, fleet_says) for role, pool in pools.items()}
+    plans = roll([_pool(ctx, pool, link, known, fleet_says, held[role]) for role, pool in pools.items()], ctx.now())
     trouble: dict[Role, str] = {}
     if not fleet_says.paused:
+        for pool in pools.values():
+            await _adopt(ctx, pool)
         try:
             if link.reachable:  # else nobody knows how the groups are, and a memory of that would be wrong
                 known = await _remember(ctx, fleet, known, pools, plans)
@@ -107,7 +113,8 @@ async def reconcile_pools(ctx: Context, key: Key) -> float | None:
         await _tell(ctx, pool, plans[role], trouble.get(role, ""), link)
     if trouble:
         return _AGAIN_S
-    return _SLOWLY_S if any(plan.status.phase is Phase.PROGRESSING for plan in plans.values()) else None
+    waits = link.reachable and any(held.values())
+    return _SLOWLY_S if waits or any(plan.status.phase is Phase.PROGRESSING for plan in plans.values()) else None
 
 
 def _read(ctx: Context, namespace: str, fleet: str, role: Role) -> _Pool | None:
@@ -122,7 +129,7 @@ def _read(ctx: Context, namespace: str, fleet: str, role: Role) -> _Pool | None:
     return _Pool(key, obj, spec, revision, kv_format, tuple(groups))
 
 
-def _pool(ctx: Context, pool: _Pool, link: FleetLink, known: Remembered, fleet: FleetSpec) -> Pool:
+def _pool(ctx: Context, pool: _Pool, link: FleetLink, known: Remembered, fleet: FleetSpec, held: str) -> Pool:
     snapshot = link.snapshot if link.reachable else None
     places = {
         one["spec"]["group"]: pods_of(ctx.cache, key_of(EP_GROUP, one), one["spec"]["nodes"]) for one in pool.groups
@@ -133,11 +140,12 @@ def _pool(ctx: Context, pool: _Pool, link: FleetLink, known: Remembered, fleet: 
         groups=pool.spec.replicas,
         revision=pool.revision,
         kv_format=pool.kv_format,
+        weights=weights_name(weights_of(pool.spec.template)),
         nodes=pool.spec.nodes,
         gpus_per_node=pool.spec.gpus_per_node,
         rules=rules_of(pool.spec.rollout),
         paused=pool.spec.paused or fleet.paused,
-        held=_held(snapshot),
+        held=held,
         members=members_of(
             pool.groups,
             snapshot,
@@ -152,13 +160,34 @@ def _pool(ctx: Context, pool: _Pool, link: FleetLink, known: Remembered, fleet: 
     )
 
 
-def _held(snapshot: FleetSnapshot | None) -> str:
+async def _adopt(ctx: Context, pool: _Pool) -> None:
+    """Take up groups that an earlier object of this pool has left (`kubectl delete epp --cascade=orphan`)."""
+    for group in pool.groups:
+        meta = group["metadata"]
+        if meta.get("ownerReferences") or leaving(group) or meta["labels"].get(MANAGED_BY) != MANAGER:
+            continue
+        change = {"resourceVersion": meta["resourceVersion"], "ownerReferences": owned_by(POOL, pool.obj)}
+        await ctx.applier.patch(key_of(EP_GROUP, group), {"metadata": change})
+        name = group["spec"]["group"]
+        await ctx.recorder.tell(POOL, pool.obj, "GroupAdopted", f"{name} had no owner, and is this pool's now.")
+
+
+async def _held(ctx: Context, pool: _Pool, link: FleetLink, known: Remembered, fleet: FleetSpec) -> str:
     """Why no revision may change now; empty = it may."""
-    if snapshot is None:
+    snapshot = link.snapshot
+    if not link.reachable or snapshot is None:
         return "the control service cannot be reached"
-    if loading := [group.group for group in snapshot.groups if group.loading and group.weight_version]:
-        return f"{', '.join(loading)} takes other weights"
-    return ""
+    loading = [group.group for group in snapshot.groups if group.loading and group.weight_version]
+    if snapshot.refreshing or loading:
+        who = ", ".join(loading) or "the fleet"
+        return f"{who} takes other weights{f' (version {snapshot.refreshing})' if snapshot.refreshing else ''}"
+    memory = known.memories.get(pool.spec.role, Memory())
+    if pool.spec.paused or fleet.paused or memory.failed == pool.revision:
+        return ""
+    there = {weights_in(group["spec"]["template"]) for group in pool.groups}
+    if (good := known.revisions.get(memory.good)) is not None:
+        there.add(weights_in(good.spec["template"]))
+    return await why_not(ctx, pool.fleet, link, weights_of(pool.spec.template), there)
 
 
 async def _carry_out(ctx: Context, pool: _Pool, plan: Plan, known: Remembered, link: FleetLink) -> str:

@@ -7,14 +7,16 @@ pool that was looked at, so that a `kubectl scale` in between is not undone: tha
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+from collections.abc import Sequence
 
 import msgspec
 
 from tandem.core.planning import plan
-from tandem.core.planning_types import GroupLoad, Observation, PlanPolicy, PlanState, PoolDecision, PoolView, Window
+from tandem.core.planning_types import GroupLoad, Observation, PlanPolicy, PlanState, PoolDecision, PoolView
 from tandem.core.planning_view import pool_view, queue_of, window_of
-from tandem.core.traffic import TrafficHistory
+from tandem.core.traffic import Traffic, TrafficHistory
 from tandem.core.types import DpLoad, FleetSnapshot, Role
 from tandem.fleet.control_client import ControlError
 from tandem_operator.api.fleet import FleetSpec
@@ -22,7 +24,7 @@ from tandem_operator.api.pool import PoolSpec
 from tandem_operator.apply import Trouble, difference, without_empty
 from tandem_operator.control import FleetLink
 from tandem_operator.kube import KubeError
-from tandem_operator.metrics import DECISIONS, WANTED
+from tandem_operator.metrics import ATTAINMENT, DECISIONS, WANTED
 from tandem_operator.names import (
     EP_GROUP,
     FLEET,
@@ -41,7 +43,8 @@ from tandem_operator.render.policy import plan_policy
 
 _log = logging.getLogger(__name__)
 _TELL_S = 15.0
-"""Load and service in the status are as old as this: each change is a write to the API server."""
+"""Load, service and what holds a pool back are as old as this in the status: each change is a write to the API
+server, and a look at all that is the fleet's."""
 
 
 class Planner:
@@ -49,16 +52,22 @@ class Planner:
 
     def __init__(self, ctx: Context) -> None:
         self._ctx = ctx
-        self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._tasks: dict[tuple[str, str, str], asyncio.Task[None]] = {}
+        """By namespace, name and UID: another fleet of the same name begins anew."""
 
     def look(self) -> None:
-        """Begin to plan for new fleets, and end it for those that are gone."""
-        fleets = {(obj["metadata"]["namespace"], obj["metadata"]["name"]) for obj in self._ctx.cache.all(FLEET)}
-        for where in fleets - self._tasks.keys():
-            name = f"tandem-planning-{'-'.join(where)}"
-            self._tasks[where] = asyncio.create_task(FleetPlanner(self._ctx, *where).run(), name=name)
-        for where in self._tasks.keys() - fleets:
-            self._tasks.pop(where).cancel()
+        """Begin to plan for new fleets, and end it for those that are gone. Called at each look at a Fleet, so what
+        ended by a mistake begins again soon."""
+        metas = [obj["metadata"] for obj in self._ctx.cache.all(FLEET)]
+        fleets = {(meta["namespace"], meta["name"], meta["uid"]) for meta in metas}
+        for which in self._tasks.keys() - fleets:
+            self._tasks.pop(which).cancel()
+        for which in [which for which, task in self._tasks.items() if task.done()]:
+            _tell_of_end(self._tasks.pop(which))
+        for which in fleets - self._tasks.keys():
+            namespace, fleet, _ = which
+            planner = FleetPlanner(self._ctx, namespace, fleet)
+            self._tasks[which] = asyncio.create_task(planner.run(), name=f"tandem-planning-{namespace}-{fleet}")
 
     async def close(self) -> None:
         """End all."""
@@ -80,30 +89,39 @@ class FleetPlanner:
         self._loads: dict[str, GroupLoad] = {}
         self._asked_at: dict[str, float] = {}
         self._told_at = 0.0
+        self._held_at: dict[Role, float] = {}
+        self._began: float | None = None
 
     async def run(self) -> None:
         """Tick, for as long as the fleet exists."""
-        while True:  # noqa: ASYNC110 - time is what it waits for
-            await asyncio.sleep(await self.tick())
+        try:
+            while True:  # noqa: ASYNC110 - time is what it waits for
+                await asyncio.sleep(await self.tick())
+        finally:
+            self._attained(None)
 
     async def tick(self) -> float:
         """Look once, whatever comes of it; return the seconds until the next look."""
         fleet = self._ctx.cache.get(self._key)
         link = self._ctx.links.get(self._key.namespace, self._key.name)
         if fleet is None or leaving(fleet) or link is None or not link.reachable:
+            self._attained(None)
             return _IDLE_S
+        again = _IDLE_S
         try:
             spec = fleet_spec(fleet["spec"])
+            again = spec.planning.tick_s
             return await self._look(fleet, spec, link)
         except SpecError:
             return _IDLE_S  # told of the Fleet
         except ControlError as error:
+            self._attained(None)
             _log.warning("The load of fleet %s is not known: %s", self._key, error)
         except KubeError as error:
             _log.warning("A decision on fleet %s was not written, it comes again: %s", self._key, error)
         except Exception:  # noqa: BLE001 - a mistake in one tick must not end the planning
             _log.exception("The planning of %s failed; it goes on at the next tick.", self._key)
-        return spec.planning.tick_s
+        return again
 
     async def _look(self, fleet: Object, spec: FleetSpec, link: FleetLink) -> float:
         pools = {role: self._pool(role) for role in Role}
@@ -111,8 +129,11 @@ class FleetPlanner:
         now = self._ctx.now()
         link.loads = load.groups
         self._loads = {group: GroupLoad(at=now, ranks=ranks) for group, ranks in load.groups.items()}
+        longest = max(spec.planning.fast_window_s, spec.planning.slow_window_s)
         if self._history is None:
-            self._history = TrafficHistory(spec.planning.slow_window_s)
+            self._history = TrafficHistory(longest)
+            self._began = now
+        self._history.keep(longest)
         self._history.add(load.traffic, now)
         if any(pool is None for pool in pools.values()):
             return spec.planning.tick_s
@@ -128,7 +149,7 @@ class FleetPlanner:
             await self._carry_out(role, pool, specs[role], decision.of(role))
         if now - self._told_at >= _TELL_S:
             self._told_at = now
-            await self._tell(fleet, load.groups, observation.slow)
+            await self._tell(fleet, load.groups, self._history.window(policy.slow_window_s, now), policy)
         automatic = any(pool.autoscaling is not None for pool in specs.values())
         return spec.planning.tick_s if automatic else max(spec.planning.tick_s, _TELL_S)
 
@@ -185,33 +206,67 @@ class FleetPlanner:
             "since": rfc3339(decision.since) if decision.since else "",
             "held": decision.held,
         }
-        live = self._ctx.cache.get(key) or pool
-        if change := difference((live.get("status") or {}).get("scaling") or {}, without_empty(told)):
+        live, now = self._ctx.cache.get(key) or pool, self._ctx.now()
+        before = (live.get("status") or {}).get("scaling") or {}
+        change = difference(before, without_empty(told))
+        # What holds it back has times and loads in it, so it is another sentence at every tick.
+        reworded = change.keys() == {"held"} and decision.held and before.get("held")
+        if change and not (reworded and now - self._held_at.get(role, 0.0) < _TELL_S):
+            self._held_at[role] = now
             await self._ctx.applier.patch(key, {"status": {"scaling": change}}, part="status")
 
-    async def _tell(self, fleet: Object, loads: dict[str, tuple[DpLoad, ...]], slow: Window | None) -> None:
-        """Write what the service and the groups' loads are, where that is news."""
-        if slow is not None:
-            kept = [share for share in (slow.ttft_kept, slow.itl_kept) if share is not None]
-            values = {
-                "ttftSeconds": slow.ttft_s,
-                "itlSeconds": slow.itl_s,
-                "attainment": min(kept, default=None),
-                "requestsPerSecond": slow.requests_per_s,
-            }
+    async def _tell(
+        self, fleet: Object, loads: dict[str, tuple[DpLoad, ...]], slow: Traffic | None, policy: PlanPolicy
+    ) -> None:
+        """Write what the service and the groups' loads are, where that is news. `slow`: of the slow window."""
+        values = _service(slow, policy) if slow is not None else {}
+        self._attained(values.get("attainment"))
+        # An operator that has just begun knows nothing yet, and what the one before has told stands.
+        if slow is not None or self._told_at - (self._began or 0.0) > policy.slow_window_s:
             service = {name: _rounded(value) for name, value in values.items() if value is not None}
             if change := difference((fleet.get("status") or {}).get("slo") or {}, service):
                 await self._ctx.applier.patch(self._key, {"status": {"slo": change}}, part="status")
         for group in self._ctx.cache.all(EP_GROUP, self._key.namespace, {FLEET_LABEL: self._key.name}):
-            ranks = loads.get(group["spec"]["group"], ())
-            load = {
-                "running": sum(rank.running for rank in ranks),
-                "waiting": sum(rank.waiting for rank in ranks),
-                "kvUse": _rounded(max((rank.token_usage for rank in ranks), default=0.0)),
-            }
+            load = _told_load(loads.get(group["spec"]["group"], ()))
             status = group.get("status") or {}
             if status and (change := difference(status.get("load") or {}, load)):
                 await self._ctx.applier.patch(key_of(EP_GROUP, group), {"status": {"load": change}}, part="status")
+
+    def _attained(self, share: float | None) -> None:
+        """Have the metric tell how many requests kept both aims; None = nobody knows."""
+        if share is not None:
+            ATTAINMENT.labels(self._key.namespace, self._key.name).set(share)
+            return
+        with contextlib.suppress(KeyError):
+            ATTAINMENT.remove(self._key.namespace, self._key.name)
+
+
+def _service(slow: Traffic, policy: PlanPolicy) -> dict[str, float | None]:
+    """How the service was in the slow window, as a SloStatus; None = nobody knows."""
+    prefill, decode = policy.prefill, policy.decode
+    return {
+        "ttftSeconds": slow.ttft_s(prefill.percentile),
+        "itlSeconds": slow.itl_s(decode.percentile),
+        "attainment": slow.attainment(prefill.aim_s, decode.aim_s),
+        "requestsPerSecond": slow.arrival_rate,
+    }
+
+
+def _told_load(ranks: Sequence[DpLoad]) -> Object:
+    """A group's load as a LoadStatus; empty if its engines tell nothing, which is not the same as nothing to do."""
+    if not ranks:
+        return {}
+    return {
+        "running": sum(rank.running for rank in ranks),
+        "waiting": sum(rank.waiting for rank in ranks),
+        "kvUse": _rounded(max(rank.token_usage for rank in ranks)),
+    }
+
+
+def _tell_of_end(task: asyncio.Task[None]) -> None:
+    """Say why a planning ended that should not have."""
+    error = None if task.cancelled() else task.exception()
+    _log.error("%s has ended, and begins again.", task.get_name(), exc_info=error)
 
 
 _IDLE_S = 2.0

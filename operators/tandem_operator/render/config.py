@@ -17,9 +17,11 @@ from tandem.config import (
     StateConfig,
     TlsConfig,
 )
+from tandem.core.types import Role
 from tandem_operator.api.fleet import FleetPool, FleetSpec
 from tandem_operator.names import CONTROL_PORT, REDIS_PORT, Object
 from tandem_operator.render.pods import TLS_FOLDER, model_path
+from tandem_operator.revision import weights_version
 
 
 class SpecError(ValueError):
@@ -65,7 +67,7 @@ def fleet_config(name: str, namespace: str, spec: FleetSpec) -> FleetConfig:
         return FleetConfig(
             name=name,
             device=spec.device,
-            model=ModelConfig(**{**_fields(spec.model, ModelConfig), "path": _path(spec)}),
+            model=_model(spec),
             prefill=_pool(spec.prefill),
             decode=_pool(spec.decode),
             gateway=GatewayConfig(
@@ -75,6 +77,7 @@ def fleet_config(name: str, namespace: str, spec: FleetSpec) -> FleetConfig:
                 grpc_port=gateway.grpc_port,
                 auth=gateway.auth,
                 tls=_tls() if gateway.tls_secret else None,
+                summoned=_summoned(spec),
             ),
             control=ControlConfig(host="0.0.0.0", port=CONTROL_PORT),
             state=StateConfig(url=state),
@@ -117,9 +120,10 @@ def _ray(name: str, namespace: str, spec: FleetSpec) -> RayConfig:
     return RayConfig(address=spec.ray.address, namespace=ray_namespace(name, namespace))
 
 
-def _path(spec: FleetSpec) -> Path | None:
+def _model(spec: FleetSpec) -> ModelConfig:
     path = model_path(str(spec.model.path) if spec.model.path else None, spec.model.volume)
-    return Path(path) if path else None
+    said = {"path": Path(path) if path else None, "version": weights_version(path, spec.model.version)}
+    return ModelConfig.model_validate({**_fields(spec.model, ModelConfig), **said})
 
 
 def _pool(pool: FleetPool) -> PoolConfig:
@@ -131,6 +135,12 @@ def _pool(pool: FleetPool) -> PoolConfig:
         redundant_experts=pool.redundant_experts,
         max_total_tokens=pool.max_total_tokens,
     )
+
+
+def _summoned(spec: FleetSpec) -> tuple[Role, ...]:
+    """Roles whose last group goes while nobody asks: gateways let requests wait for one."""
+    pools = {Role.PREFILL: spec.prefill, Role.DECODE: spec.decode}
+    return tuple(role for role, pool in pools.items() if pool.autoscaling and pool.autoscaling.min_groups == 0)
 
 
 def _tls() -> TlsConfig:

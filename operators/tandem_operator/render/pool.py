@@ -9,6 +9,7 @@ from tandem_operator.api.pool import EngineTemplate, GroupSpec, Image, ModelVolu
 from tandem_operator.apply import without_empty
 from tandem_operator.names import DRAIN_FINALIZER, FLEET, FLEET_GROUPS, POOL, Object, labels, owned_by
 from tandem_operator.render import pods
+from tandem_operator.revision import UNNAMED
 
 
 def pool_of(spec: FleetSpec, role: Role) -> FleetPool:
@@ -28,6 +29,7 @@ def pool_object(fleet: Object, spec: FleetSpec, role: Role) -> Object:
         image=spec.images.engine,
         device=spec.device,
         model_path=path,
+        model_version=None if spec.model.version == UNNAMED else spec.model.version,
         model_volume=spec.model.volume,
         redundant_experts=pool.redundant_experts,
         max_total_tokens=pool.max_total_tokens,

@@ -7,10 +7,8 @@ from collections import deque
 from tandem.core.deadlines import Deadlines
 from tandem.core.pair_events import Action, Deliver, Fail, Failure, FailureKind, Finish, NeedPair
 from tandem.core.pair_records import FINAL, UNSEEN, LegState, Request, Retries, Room
+from tandem.core.pair_times import DOUBT_S
 from tandem.core.types import Role
-
-DOUBT_S = 1.0
-"""So long may decode's word that it gave up itself be behind that of prefill."""
 
 
 class PairBook:

@@ -101,7 +101,8 @@ def plan(state: PlanState, observation: Observation, policy: PlanPolicy, now: fl
         step.memory = _breach_seen(step, now)
         step.load = reckon(role, step.memory, step.seen, observation, step.policy, policy, now)
         step.memory = replace(step.memory, needs=_needs(step, now))
-        _consider(step, observation, policy, now)
+    for role, step in steps.items():
+        _consider(step, steps[_other(role)], observation, policy, now)
     _fit_budget(steps, policy, now)
     for step in steps.values():
         step.memory = _settled(step, observation, policy, now)
@@ -142,8 +143,8 @@ def _taken_over(role: Role, memory: PoolMemory, view: PoolView, policy: PoolPoli
 # -- one pool
 
 
-def _consider(step: _Step, observation: Observation, policy: PlanPolicy, now: float) -> None:
-    """What the pool itself would do, the budget aside."""
+def _consider(step: _Step, other: _Step, observation: Observation, policy: PlanPolicy, now: float) -> None:
+    """What the pool itself would do, the budget aside. `other`: the other pool, as it is."""
     pool, memory = step.policy, step.memory
     least, most = _bounds(pool, now)
     if not pool.automatic:
@@ -168,7 +169,7 @@ def _consider(step: _Step, observation: Observation, policy: PlanPolicy, now: fl
     elif step.signals.breach is not None and _confirmed(step, policy, now):
         _react(step, step.signals.breach, most, policy, now)
     else:
-        _follow(step, most, least, now)
+        _follow(step, other, most, least, now)
 
 
 def _react(step: _Step, breach: Breach, most: int, policy: PlanPolicy, now: float) -> None:
@@ -193,16 +194,16 @@ def _takes_effect(step: _Step, breach: Breach, policy: PlanPolicy, now: float) -
     return passed < 2 * policy.fast_window_s or (better and passed < policy.slow_window_s)
 
 
-def _follow(step: _Step, most: int, least: int, now: float) -> None:
+def _follow(step: _Step, other: _Step, most: int, least: int, now: float) -> None:
     """The rate-based loop."""
     load, seen = step.load, step.seen
     serving = seen.usable
-    if seen.stuck and not serving:
+    if seen.stuck and not serving and not _goes_to_sleep(step, least):
         _add(step, 1, "no group serves", most, now)
     elif load.up is not None and _exceeds(load, serving):
         _add(step, math.ceil(load.up - 1e-9), load.up_why, most, now)
     else:
-        _shrink(step, least, now)
+        _shrink(step, other, least, now)
     if not step.held and step.target == step.current and step.signals.note:
         step.held = f"{step.role}: {step.signals.note}"
 
@@ -229,7 +230,7 @@ def _add(step: _Step, serving: int, why: str, most: int, now: float) -> None:
     step.propose(target, why + limit + words.not_counted(step.seen, now))
 
 
-def _shrink(step: _Step, least: int, now: float) -> None:
+def _shrink(step: _Step, other: _Step, least: int, now: float) -> None:
     """Remove one group, if the others would carry the load and would have all along."""
     load, current = step.load, step.current
     if current <= least:
@@ -238,9 +239,9 @@ def _shrink(step: _Step, least: int, now: float) -> None:
         step.hold(f"{load.missing}: no group is removed until it is known")
         return
     if current == 1:
-        _rest(step, now)
+        _rest(step, other, now)
         return
-    if not step.seen.ready:
+    if not step.seen.ready and not _goes_to_sleep(step, least):
         return
     assert load.least is not None
     if load.least > current - 1:
@@ -255,11 +256,18 @@ def _shrink(step: _Step, least: int, now: float) -> None:
     _remove(step, load.down_why, now)
 
 
-def _rest(step: _Step, now: float) -> None:
-    """The last group goes when nobody has asked for long."""
+def _rest(step: _Step, other: _Step, now: float) -> None:
+    """The last group goes when nobody has asked for long, and could have: those who were told to come again later, as
+    groups took too long to start, must find them."""
     idle = step.memory.idle_since
     if idle is None:
         return
+    pair = [one for one in (step, other) if one.current]
+    if late := next((one for one in pair if one.seen.coming and not one.seen.ready), None):
+        after = words.span(step.policy.idle_s)
+        step.hold(f"nobody asks; the last group goes {after} after both pools serve; {late.role}: {_coming(late, now)}")
+        return
+    idle = max(idle, *(one.memory.serving_since or 0.0 for one in pair))
     if now - idle >= step.policy.idle_s:
         _remove(step, f"nobody has asked anything for {words.span(now - idle)}", now, last=True)
     else:
@@ -341,9 +349,18 @@ def _bounds(policy: PoolPolicy, now: float) -> tuple[int, int]:
     return least, policy.max_groups
 
 
+def _other(role: Role) -> Role:
+    return Role.DECODE if role is Role.PREFILL else Role.PREFILL
+
+
 def _somebody_asks(observation: Observation) -> bool:
     queue, fast = observation.queue, observation.fast
     return (queue is not None and queue.anyone) or bool(fast is not None and fast.requests_per_s)
+
+
+def _goes_to_sleep(step: _Step, least: int) -> bool:
+    """Whether nobody asks of a pool that need have no group: it is not made larger then, whatever fails."""
+    return least == 0 and step.memory.idle_since is not None
 
 
 def _coming(step: _Step, now: float) -> str:

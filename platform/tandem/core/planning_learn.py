@@ -38,6 +38,8 @@ def take_in(
     memory = _starts(memory, observation, role, now)
     if len(seen.ready) != memory.ready or memory.seen_at is None:
         memory = replace(memory, ready=len(seen.ready), ready_since=now, ready_grew=len(seen.ready) > memory.ready)
+    if bool(seen.ready) != (memory.serving_since is not None):
+        memory = replace(memory, serving_since=now if seen.ready else None)
     if seen.waiting:
         memory = replace(memory, waited_at=now)
     if queue is not None and queue.anyone:

@@ -270,6 +270,8 @@ class PoolMemory(msgspec.Struct, frozen=True, kw_only=True):
     """Since when so many have been ready."""
     ready_grew: bool = True
     """Whether there were fewer before."""
+    serving_since: float | None = None
+    """Since when it has had a ready group; None = it has none."""
     waited_at: float | None = None
     """When something last waited at its groups."""
     queued_at: float | None = None

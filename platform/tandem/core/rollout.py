@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 from tandem.core.rollout_memory import remember, stalled, why_broken
 from tandem.core.rollout_pairs import Ledger
+from tandem.core.rollout_stall import in_time
 from tandem.core.rollout_status import Blocked, View, tell
 from tandem.core.rollout_types import Action, Create, Member, Memory, Plan, Pool, Remove
 from tandem.core.types import GroupState, Role
@@ -87,7 +88,8 @@ class _Turn:
             stalled=self._stalled,
             now=self._now,
         )
-        return Plan(actions=tuple(self.actions), memory=self.memory, status=tell(view))
+        memory, status = in_time(view, tell(view))
+        return Plan(actions=tuple(self.actions), memory=memory, status=status)
 
     # -- the four ways to go on
 

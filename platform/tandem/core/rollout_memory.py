@@ -23,7 +23,7 @@ def remember(pools: Sequence[Pool], now: float) -> list[Memory]:
     return [
         _proven(
             pool,
-            replace(memory, good=pool.revision, good_format=pool.kv_format, dark=False)
+            replace(memory, good=pool.revision, good_format=pool.kv_format, good_weights=pool.weights, dark=False)
             if done[index] and _in_step(pool, memory, index, coupled, done)
             else memory,
         )
@@ -69,6 +69,7 @@ def _look(pool: Pool, partner: Pool | None, now: float) -> Memory:
     memory = pool.memory
     if memory.target != pool.revision:
         memory = _begin(pool, memory, now)
+    memory = replace(memory, target_weights=pool.weights)  # an older one had not noted them
     if memory.failed_with and (partner is None or partner.revision != memory.failed_with):
         memory = replace(memory, failed="", failure="", failed_at=0.0, failed_with="", passed=False)
     if not memory.good:
@@ -92,7 +93,9 @@ def _proven(pool: Pool, memory: Memory) -> Memory:
 def _begin(pool: Pool, memory: Memory, now: float) -> Memory:
     """A change to another revision. What has passed its canary meanwhile is the one to go back to."""
     if memory.passed and memory.target != memory.failed:
-        memory = replace(memory, good=memory.target, good_format=memory.target_format)
+        memory = replace(
+            memory, good=memory.target, good_format=memory.target_format, good_weights=memory.target_weights
+        )
     return replace(
         memory,
         target=pool.revision,
@@ -110,8 +113,8 @@ def _adopt(pool: Pool, memory: Memory) -> Memory:
         return memory
     counts = Counter(one.revision for one in others)
     good = min(counts, key=lambda revision: (-counts[revision], revision))
-    kv_format = next(one.kv_format for one in others if one.revision == good)
-    return replace(memory, good=good, good_format=kv_format, dark=False)
+    like = next(one for one in others if one.revision == good)
+    return replace(memory, good=good, good_format=like.kv_format, good_weights=like.weights, dark=False)
 
 
 def _serves(pool: Pool, partner: Pool | None, now: float) -> bool:
@@ -158,7 +161,8 @@ def _go_along(
         return memory
     other = memories[pools.index(partner)]
     goes_back = other.failed == partner.revision and partner.rules.rollback
-    if not goes_back or other.good_format == pool.kv_format or other.good_format != memory.good_format:
+    to, own = (other.good_format, other.good_weights), (memory.good_format, memory.good_weights)
+    if not goes_back or _alike(to, (pool.kv_format, pool.weights)) or not _alike(to, own):
         return memory
     why = f"the {partner.role} pool went back to revision {other.good}, which does not pair with it ({other.failure})"
     return replace(memory, failed=pool.revision, failure=why, failed_at=now, failed_with=partner.revision, dark=False)
@@ -171,12 +175,19 @@ def _is_done(pool: Pool, memory: Memory, partner: Pool | None) -> bool:
         return False
     if any(one.revision != pool.revision or not one.ready for one in groups):
         return False
-    return partner is None or all(one.kv_format == pool.kv_format for one in alive(partner))
+    wanted = (pool.kv_format, pool.weights)
+    return partner is None or all(_alike((one.kv_format, one.weights), wanted) for one in alive(partner))
 
 
 def _in_step(pool: Pool, memory: Memory, index: int, memories: list[Memory], done: list[bool]) -> bool:
-    """A change of the KV format is over for both pools at once: as long as one may go back, both can."""
-    if memory.good == "" or memory.good_format == pool.kv_format:
+    """A change of KV format or weights is over for both pools at once: as long as one may go back, both can."""
+    wanted = (pool.kv_format, pool.weights)
+    if memory.good == "" or _alike((memory.good_format, memory.good_weights), wanted):
         return True
     others = [at for at in range(len(memories)) if at != index]
-    return all(done[at] or memories[at].good_format == pool.kv_format for at in others)
+    return all(done[at] or _alike((memories[at].good_format, memories[at].good_weights), wanted) for at in others)
+
+
+def _alike(one: tuple[str, str], other: tuple[str, str]) -> bool:
+    """Whether revisions of these KV formats and weights pair. Weights that nobody has noted are taken for the same."""
+    return one[0] == other[0] and (one[1] == other[1] or not (one[1] and other[1]))

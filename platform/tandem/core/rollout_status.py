@@ -49,6 +49,11 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
         return [one for one in self.alive if one.no_room]
 
 
+def first_new(view: View) -> Member | None:
+    """The group that shows whether the wanted revision serves; None = there is none yet."""
+    return min(view.new, key=lambda one: (not one.ready, one.group), default=None)
+
+
 def tell(view: View) -> Status:
     """The status of a pool."""
     phase, reason, message = _verdict(view)
@@ -133,7 +138,7 @@ def _change(view: View) -> tuple[Phase, str, str]:
 
 
 def _canary(view: View) -> str:
-    canary = next(iter(sorted(view.new, key=lambda one: (not one.ready, one.group))), None)
+    canary = first_new(view)
     revision, most = view.pool.revision, view.pool.rules.canary_s
     if canary is None:
         return f"the first group of revision {revision} waits until {_waiting(view) or 'another group can be spared'}"

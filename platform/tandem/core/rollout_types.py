@@ -19,7 +19,8 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
     canary_s: float = 30.0
     """The first group of a revision must serve for so long before there are others."""
     progress_s: float = 1800.0
-    """A new group that has its nodes and is not ready so long after has failed."""
+    """A new group that has its nodes and is not ready so long after has failed; a change that waits for so long is told
+    as stalled."""
     rollback: bool = True
     """After a failure go back to the revision that is known to be good; else stop where it is."""
     failures: int = 3
@@ -34,7 +35,10 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
     revision: str
     state: GroupState
     kv_format: str = ""
+    weights: str = ""
+    """Names the weights that its revision declares; those that it serves may have been put in their place."""
     weight_version: str = ""
+    """Of the weights that it serves; empty while it never has."""
     ready_since: float | None = None
     """None while it is not ready."""
     served: bool = False
@@ -86,9 +90,12 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
     good: str = ""
     """Revision that the pool served with as a whole; the templates of it and of `target` must be kept. Empty = none."""
     good_format: str = ""
+    good_weights: str = ""
+    """As in `Member.weights`; empty = not known, and then taken for any."""
     target: str = ""
     """Revision that the pool was last told to have."""
     target_format: str = ""
+    target_weights: str = ""
     passed: bool = False
     """A group of `target` has served as long as a canary must."""
     proven: tuple[str, ...] = ()
@@ -104,6 +111,9 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
     failed_at: float = 0.0
     failed_with: str = ""
     """It failed only because the other pool went back from this revision. Empty = it failed itself."""
+    waits_for: str = ""
+    """What the change waits for, and how far it has come. Empty = it does not wait."""
+    waits_since: float = 0.0
 
 
 class Pool(msgspec.Struct, frozen=True, kw_only=True):
@@ -115,6 +125,8 @@ class Pool(msgspec.Struct, frozen=True, kw_only=True):
     revision: str
     kv_format: str = ""
     """Of groups of this revision."""
+    weights: str = ""
+    """As in `Member.weights`, of this revision."""
     nodes: int = 1
     gpus_per_node: int = 1
     """Of a group; only told, not counted."""

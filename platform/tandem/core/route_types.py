@@ -44,6 +44,8 @@ class NoCapacity(msgspec.Struct, frozen=True, kw_only=True):
     retry_after: float = 2.0
     coming: bool = False
     """Groups that would end the shortage are starting."""
+    asleep: bool = False
+    """All that is missing comes when somebody asks."""
 
 
 class RankLoad(msgspec.Struct, frozen=True, kw_only=True):

@@ -163,7 +163,11 @@ class Router:
             names = " and no ".join(role.value for role in missing)
             weights = "" if version is None else f" with the weights {version!r}"
             coming |= self.summoned
-            return NoCapacity(reason=f"no {names} group{weights} is ready", coming=coming.issuperset(missing))
+            return NoCapacity(
+                reason=f"no {names} group{weights} is ready",
+                coming=coming.issuperset(missing),
+                asleep=self.summoned.issuperset(missing),
+            )
         reason = "the prefill and decode groups that are ready have different weight versions or KV formats"
         return NoCapacity(reason=reason, coming=bool(coming))
 

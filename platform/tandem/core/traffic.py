@@ -14,6 +14,7 @@ from math import sqrt
 
 import msgspec
 
+from tandem.core.answer_times import kept, rises
 from tandem.core.types import Role
 
 _STEPS = (1, 1.12, 1.28, 1.4, 1.6, 1.8, 2, 2.25, 2.5, 2.8, 3.2, 3.6, 4, 4.5, 5, 5.6, 6.4, 7.2, 8, 9)
@@ -80,6 +81,10 @@ class TrafficReport(msgspec.Struct, frozen=True, kw_only=True):
     """Of those, requests that wait for a prefill group to come up."""
     waiting_decode: int = 0
     """Of those, requests that wait for a decode group to come up."""
+    answers: tuple[int, ...] = ()
+    """Answers that were given, by both of their times together (`AnswerTimes.told`), counted when they are over. An
+    answer whose client left before its end is one of them, and one that failed is not. Empty = the replica does not
+    count them."""
 
 
 _COUNTERS = (
@@ -125,6 +130,8 @@ class Traffic(msgspec.Struct, frozen=True, kw_only=True):
     running: int = 0
     waiting_prefill: int = 0
     waiting_decode: int = 0
+    answers: dict[int, int] | None = None
+    """Answers by the cells of both of their times; None = some replica does not count them."""
 
     @classmethod
     def between(
@@ -150,6 +157,7 @@ class Traffic(msgspec.Struct, frozen=True, kw_only=True):
             ttft=_rises("ttft", added),
             itl=_rises("itl", added),
             queue_oldest_s=max((report.queue_oldest_s for report in present), default=0.0),
+            answers=rises((() if base is None else base.answers, report.answers) for base, report in added),
             **counts,
             **gauges,
         )
@@ -204,6 +212,15 @@ class Traffic(msgspec.Struct, frozen=True, kw_only=True):
         """Share of tokens that came within `aim_s` of the one before; None = there were none."""
         return share_within(self.itl, aim_s)
 
+    def attainment(self, ttft_aim_s: float, itl_aim_s: float) -> float | None:
+        """Share of requests that kept both aims: the first token came in time, and the mean time between tokens was
+        within the other. Requests that failed, or were refused because too much waited, kept none; those whose client
+        left before the first token do not count. None = there were none, or some replica does not tell."""
+        if self.answers is None:
+            return None
+        asked = sum(self.answers.values()) + self.failed + self.refused_busy
+        return kept(self.answers, ttft_aim_s, itl_aim_s) / asked if asked else None
+
 
 class _Run:
     """One incarnation's reports: when each was first seen, by the reader's clock, in order."""
@@ -250,6 +267,10 @@ class TrafficHistory:
         self._runs: dict[str, _Run] = {}
         self._began: float | None = None
         self._looked = 0.0
+
+    def keep(self, keep_s: float) -> None:
+        """From now on longer or shorter windows will be asked for."""
+        self._keep_s = keep_s
 
     def add(self, reports: Iterable[TrafficReport], now: float) -> None:
         """The reports that are there at time `now` (seconds, never going back)."""

@@ -150,6 +150,11 @@ class GroupSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What its KV means to another group beyond the weights: engine, flags. Groups of different ones never pair."""
     engine: EngineSettings | None = None
     """None = as the configuration says of its pool."""
+    declared_path: str = ""
+    """Folder of the weights that its revision declares; empty = the one that the fleet began with. What it should serve
+    is in `weights_path`: another one, if the weights were refreshed since (`declared.py`)."""
+    declared_version: str = ""
+    """Version of these weights; empty = it declares none, and has what the fleet has."""
 
 
 class DpLoad(msgspec.Struct, frozen=True, kw_only=True):
@@ -208,3 +213,5 @@ class FleetSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """Rises with every change in the fleet's store; the snapshot holds at least all changes up to it."""
     plans: tuple[PoolPlan, ...] = ()
     """Of the pools whose size follows the load, where the fleet's own controller sees to that."""
+    refreshing: str = ""
+    """Weight version that a refresh gives the groups now, or gives them again on its way back. Empty = none."""

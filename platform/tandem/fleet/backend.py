@@ -7,7 +7,9 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 import msgspec
 
+from tandem.core.declared import contradiction, declared_by, given, kept
 from tandem.core.group_check import GroupCheck
+from tandem.core.group_record import Weights
 from tandem.core.refresh import OVER, Refresh, some_pair
 from tandem.core.traffic import TrafficReport
 from tandem.core.types import DpLoad, FleetSnapshot, Group, GroupSpec, GroupState
@@ -15,6 +17,7 @@ from tandem.engine.client import EngineClient, EngineError
 from tandem.fleet import clock
 from tandem.fleet.check import GroupChecker
 from tandem.fleet.control_service import NoRefresh, Refused, UnknownGroup
+from tandem.fleet.declare import Declarations
 from tandem.fleet.engines import Engines, NoEngineError
 from tandem.fleet.refresh_ask import RefreshAsk
 from tandem.fleet.refresh_begin import begin_refresh
@@ -38,6 +41,7 @@ class StoreBackend:
         self._refresh_drain_s = refresh_drain_s
         self._client = EngineClient()
         self._checker = GroupChecker(store, engines)
+        self._declarations = Declarations(store, engines)
         self._draining = asyncio.Lock()
         """From the look at who is left until the wish is noted: else two drains at once leave nobody. One controller
         serves, so a lock of this process does."""
@@ -51,28 +55,46 @@ class StoreBackend:
         return watch_snapshots(self._store)
 
     async def put_group(self, spec: GroupSpec) -> GroupSpec:
-        """Note that a group should exist, or have another shape. Raises Refused for one that no engine can run."""
+        """Note that a group should exist, or have another shape. A new one is given the weights that it declares, or
+        what was put in their place; one that is there keeps its own.
+
+        Raises Refused for one that no engine can run.
+        """
         try:
             self._engines.check(spec)
         except NoEngineError as error:
             raise Refused(f"{error}.") from error
-
-        fleet = await self.fleet()
+        fresh = await self._weights_of_new(spec)
 
         def change(now: GroupSpec | None) -> GroupSpec:
             if now is not None and now.draining:
                 raise Refused(f"{spec.group} is draining; wait until it is gone, or choose another name.")
             if now is not None and now.role is not spec.role:
                 raise Refused(f"{spec.group} is a {now.role} group; drain it, then create it as {spec.role}.")
-            if spec.weight_version:
-                return spec
             if now is not None:
-                path, version = now.weights_path, now.weight_version
-            else:
-                path, version = (fleet.model_path, fleet.model_version) if fleet.model_version else ("", "")
-            return msgspec.structs.replace(spec, weights_path=path, weight_version=version)
+                if why := contradiction(spec, now):
+                    raise Refused(why)
+                return kept(spec, now)
+            if fresh is None:
+                raise Refused(f"{spec.group} has just gone; try again.")
+            return given(spec, fresh)
 
-        return await self._change(spec.group, change)
+        noted = await self._change(spec.group, change)
+        await self._declarations.settle()
+        return noted
+
+    async def _weights_of_new(self, spec: GroupSpec) -> Weights | None:
+        """What a group is given that does not exist yet; None for one that does."""
+        fleet = await self.fleet()
+        now = next((one for one in fleet.desired if one.group == spec.group), None)
+        declared = declared_by(spec)
+        if now is not None:
+            if declared is not None and declared_by(now) is None and now.weight_version and not now.draining:
+                await self._declarations.learn(declared, Weights(now.weights_path, now.weight_version))
+            return None
+        if declared is not None and not spec.weight_version:
+            return await self._declarations.admit(declared)
+        return Weights(fleet.model_path, fleet.model_version) if fleet.model_version else Weights("", "")
 
     async def cordon(self, group: str, cordoned: bool) -> GroupSpec:
         """Keep new pairs away from a group, or admit them."""
@@ -105,13 +127,16 @@ class StoreBackend:
         async with self._draining:
             if not force and (why := why_needed(await self.fleet(), group)):
                 raise Refused(why)
-            return await self._change(group, change)
+            noted = await self._change(group, change)
+        await self._declarations.settle()
+        return noted
 
     async def remove(self, group: str) -> None:
         """Let a group leave at once."""
         wished = await self._store.delete(DESIRED + group)
         if not wished and await self._store.get(GROUPS + group) is None:
             raise UnknownGroup(group)
+        await self._declarations.settle()
 
     async def load(self, group: str | None, *, within: float = 5.0) -> Mapping[str, Sequence[DpLoad]]:
         """The load of one group, or of all that answer within so many seconds."""
@@ -143,6 +168,10 @@ class StoreBackend:
     async def check(self, group: str) -> GroupCheck:
         """What a group answers to a prompt, alone and in a pair."""
         return await self._checker.check(await self._group(group))
+
+    async def check_weights(self, path: str, version: str) -> None:
+        """Return if there can be groups that declare these weights. Raises Refused."""
+        await self._declarations.admit(Weights(path, version))
 
     async def refresh(self, ask: RefreshAsk) -> Refresh:
         """Begin to give the fleet other weights. Raises Refused when they do not fit, or there would be a pause."""

@@ -147,6 +147,12 @@ class ControlClient:
             reply = await self._stub.CheckGroup(request, timeout=_LONGEST_CHECK_S)
             return check_from_proto(reply.check)
 
+    async def check_weights(self, path: str, version: str) -> None:
+        """Return if there can be groups that declare these weights."""
+        with self._errors():
+            request = control_pb2.CheckWeightsRequest(model_path=path, version=version)
+            await self._stub.CheckWeights(request, timeout=self._deadline)
+
     async def refresh(self, ask: RefreshAsk) -> Refresh:
         """Begin to give the fleet other weights; `refresh_state` tells how far it is."""
         with self._errors():

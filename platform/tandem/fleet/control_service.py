@@ -96,6 +96,9 @@ class FleetBackend(Protocol):
     async def check(self, group: str) -> GroupCheck:
         """Ask a group a prompt, alone and in a pair, and return what is to be thought of its answers."""
 
+    async def check_weights(self, path: str, version: str) -> None:
+        """Return if there can be groups that declare these weights, beside those that are there."""
+
     async def refresh(self, ask: RefreshAsk) -> Refresh:
         """Begin to give the fleet other weights."""
 
@@ -164,6 +167,16 @@ class FleetControlService(control_pb2_grpc.FleetControlServicer):
         async with _answering(context, limit=_LONGEST_CHECK_S):
             check = await self._backend.check(_group(request.group))
         return control_pb2.CheckGroupResponse(check=check_to_proto(check))
+
+    async def CheckWeights(
+        self, request: control_pb2.CheckWeightsRequest, context: _Context
+    ) -> control_pb2.CheckWeightsResponse:
+        async with _answering(context):
+            if request.model_path:
+                _path("model_path", request.model_path)
+            _version("version", request.version)
+            await self._backend.check_weights(request.model_path, request.version)
+        return control_pb2.CheckWeightsResponse()
 
     async def RefreshWeights(
         self, request: control_pb2.RefreshWeightsRequest, context: _Context
@@ -253,7 +266,21 @@ def _spec(request: control_pb2.PutGroupRequest) -> GroupSpec:
         raise _Invalid("spec.draining, drain_deadline and migrate_at are not set here: call DrainGroup.")
     if spec.weights_path and not spec.weight_version:
         raise _Invalid("spec.weights_path is set, but not spec.weight_version, which names what is there.")
+    if spec.declared_path or spec.declared_version:
+        _version("spec.declared_version", spec.declared_version)
+    if spec.declared_path:
+        _path("spec.declared_path", spec.declared_path)
     return spec
+
+
+def _path(name: str, path: str) -> None:
+    if not path.startswith("/"):
+        raise _Invalid(f"{name} is {path[:200]!r}; it must be an absolute path, the same on all nodes.")
+
+
+def _version(name: str, version: str) -> None:
+    if not (0 < len(version) <= 64 and version.isprintable()):
+        raise _Invalid(f"{name} is {version[:80]!r}; it must be 1 to 64 printable characters.")
 
 
 def _drain_limit(request: control_pb2.DrainGroupRequest) -> float | None:
@@ -269,19 +296,14 @@ def _seconds(name: str, seconds: float, else_: str = "") -> float:
 
 
 def _refresh_ask(request: control_pb2.RefreshWeightsRequest) -> RefreshAsk:
-    version = request.version
-    if not (0 < len(version) <= 64 and version.isprintable()):
-        raise _Invalid(f"version is {version[:80]!r}; it must be 1 to 64 printable characters.")
-    if not request.model_path.startswith("/"):
-        raise _Invalid(
-            f"model_path is {request.model_path[:200]!r}; it must be an absolute path, the same on all nodes."
-        )
+    _version("version", request.version)
+    _path("model_path", request.model_path)
     if len(request.canary) > _LONGEST_CANARY or len(request.expect) > _LONGEST_CANARY:
         raise _Invalid(f"canary and expect may have {_LONGEST_CANARY} characters.")
     limited = request.HasField("drain_seconds")
     return RefreshAsk(
         path=request.model_path,
-        version=version,
+        version=request.version,
         canary=request.canary,
         expect=request.expect,
         rollback=not request.keep_new,

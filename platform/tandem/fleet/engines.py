@@ -133,6 +133,8 @@ class SglangEngines:
             raise NoEngineError(f"the checkpoint in {path} has another shape than the fleet's ({self._model})")
         if not any(Path(path).glob("*.safetensors")):
             raise NoEngineError(f"{path} holds no weights (*.safetensors)")
+        if not _same_tokenizer(Path(path), self._model):
+            raise NoEngineError(f"the tokenizer in {path} is another one than the fleet's ({self._model})")
 
     def encode(self, path: str, text: str) -> list[int]:
         return self._tokenizer(path).encode(text)
@@ -153,6 +155,25 @@ class SglangEngines:
             return layout, plan_group(self._shape, layout)
         except LayoutError as error:
             raise NoEngineError(f"{spec.group} cannot run: {error}") from error
+
+
+def _same_tokenizer(folder: Path, other: Path) -> bool:
+    """Whether both have the same tokens under the same ids: prompts are tokenized once, for groups of either. Raises
+    NoEngineError."""
+    found = []
+    for one in (folder, other):
+        file = one / "tokenizer.json"
+        try:
+            found.append(file.read_bytes())
+        except OSError as error:
+            raise NoEngineError(f"{file} cannot be read: {error}") from error
+    if found[0] == found[1]:
+        return True
+    try:
+        first, second = (msgspec.json.decode(text) for text in found)
+    except msgspec.DecodeError as error:
+        raise NoEngineError(f"the tokenizer in {folder} is not JSON: {error}") from error
+    return bool(first == second)
 
 
 def url_of(endpoints: RankEndpoints) -> str:

@@ -247,6 +247,7 @@ class Hands:
                 known = status.state
             except TimeoutError:
                 known, detail = RankState.DEAD, f"has not answered for {_WATCH_S + _SILENT_S:.0f} s"
+                self._answered.discard((epoch, rank))  # nor will it when it is told to stop
             except RayError as error:
                 known, detail = RankState.DEAD, f"is lost with its actor: {sentence(error)}"
         self._post(RankDied(epoch=epoch, rank=rank, reason=detail))

@@ -88,13 +88,18 @@ class Host:
             nursery = await self._start_nursery(stack)
             cluster = stack.enter_context(self._ray())
             store = await self._open_store(stack)
-            await self._start_controller(nursery)
+            await self._start_controller(nursery.path if nursery else None)
+            from tandem.fleet.controller_watch import keep_controller_moving  # it imports Ray, as that does
+
             gateway = asyncio.create_task(self._gateway(stack), name="gateway")
             told = asyncio.create_task(self._follow(store, gateway, cluster), name="follow")
             broken = asyncio.create_task(self._tend(cluster), name="cluster")
+            moving = asyncio.create_task(keep_controller_moving(), name="controller")
             late = asyncio.create_task(self._expect_ready(), name="deadline")
             stopped = asyncio.create_task(stop.wait(), name="stop")
-            tasks = {gateway, told, broken, late, stopped}
+            tasks = {gateway, told, broken, moving, late, stopped}
+            if nursery is not None:
+                tasks.add(asyncio.create_task(nursery.keep(), name="nursery"))
             try:
                 await self._until_over(tasks, stopped)
             finally:
@@ -130,13 +135,13 @@ class Host:
             )
         )
 
-    async def _start_nursery(self, stack: AsyncExitStack) -> Path | None:
+    async def _start_nursery(self, stack: AsyncExitStack) -> NurseryProcess | None:
         """On this machine's CPU, import the engine once for all ranks. It goes on while the rest starts."""
         if self._config.device != "cpu" or self._config.ray.address:
             return None
         nursery = await NurseryProcess.start(self._scratch, self._folder.logs / "nursery.log")
         stack.push_async_callback(nursery.stop)
-        return nursery.path
+        return nursery
 
     @contextmanager
     def _ray(self) -> Iterator[LocalCluster | None]:

@@ -20,15 +20,14 @@ _AGAIN_S = 5.0
 class Gateways:
     """`want` says how they shall be, `keep` sees to it. Needs a connection to Ray."""
 
-    def __init__(self, *, model_path: Path, folder: Path) -> None:
-        self._model_path = model_path
+    def __init__(self, *, folder: Path) -> None:
         self._folder = folder
-        self._wanted: FleetConfig | None = None
+        self._wanted: tuple[FleetConfig, Path] | None = None
         self._changed = asyncio.Event()
 
-    def want(self, config: FleetConfig) -> None:
-        """From now on as in `config`."""
-        self._wanted = config
+    def want(self, config: FleetConfig, model_path: Path) -> None:
+        """From now on as in `config`; shape and tokenizer are in `model_path`."""
+        self._wanted = config, model_path
         self._changed.set()
 
     async def keep(self) -> None:
@@ -37,12 +36,12 @@ class Gateways:
             await self._changed.wait()
             self._changed.clear()
             assert self._wanted is not None
-            if not await self._deploy(self._wanted):
+            if not await self._deploy(*self._wanted):
                 await asyncio.sleep(_AGAIN_S)
                 self._changed.set()
             await self._until_changed()
 
-    async def _deploy(self, config: FleetConfig) -> bool:
+    async def _deploy(self, config: FleetConfig, model_path: Path) -> bool:
         from ray.exceptions import RayError
         from ray.serve.exceptions import RayServeException
 
@@ -52,7 +51,7 @@ class Gateways:
             await asyncio.to_thread(
                 deploy,
                 config,
-                model_path=self._model_path,
+                model_path=model_path,
                 store_url=config.state.url,
                 folder=self._folder,
                 resources=gateway_place(config),
@@ -77,7 +76,7 @@ class Gateways:
                     await self._changed.wait()
             try:
                 assert self._wanted is not None
-                status, why = await asyncio.to_thread(state, self._wanted)
+                status, why = await asyncio.to_thread(state, self._wanted[0])
             except (RayError, RayServeException, TimeoutError) as error:
                 log.warning("Serve does not answer: %s", error)
                 continue

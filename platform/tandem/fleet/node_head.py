@@ -33,6 +33,7 @@ from tandem.fleet.node_cluster import HeadCluster, joined_cluster, own_cluster, 
 from tandem.fleet.node_config import read_config
 from tandem.fleet.node_follow import follow
 from tandem.fleet.node_gateways import Gateways
+from tandem.fleet.node_model import ModelFollower, what_serves
 from tandem.fleet.node_probe import Probe
 from tandem.fleet.node_process import RUN_FOLDER, make_folder
 from tandem.fleet.node_ray import NodeOrders
@@ -106,25 +107,35 @@ class Head:
             raise error_
 
     async def _work(self) -> None:
+        from tandem.fleet.controller_watch import keep_controller_moving
+
         config = self._read()
         model = ServedModel.of(config, self._settings.run)
-        await check_model(config, model)
+        wrong: HostError | None = None
+        try:
+            await check_model(config, model)
+        except HostError as error:
+            log.error("%s", error)
+            wrong = error
         async with AsyncExitStack() as stack:
             cluster = await stack.enter_async_context(self._ray(config, model))
             store = await self._open_store(stack, config)
+            if wrong is not None:
+                config, model = await what_serves(store, config, self._settings.run, wrong)
             if config.ray.address is not None:
                 stack.push_async_callback(self._leave_nothing, store, config)
             await self._remember(store, config, model)
             self._missing = "the controller has not answered yet"
             await self._run_controller(config, model)
-            gateways = Gateways(model_path=model.path, folder=self._folder / "store")
-            gateways.want(config)
+            gateways = Gateways(folder=self._folder / "store")
+            gateways.want(config, model.path)
             self._missing = ""
             log.info("the head is up: control service on port %d", config.control.port)
             tasks = [
                 asyncio.create_task(self._tend(cluster), name="cluster"),
+                asyncio.create_task(keep_controller_moving(), name="controller"),
                 asyncio.create_task(gateways.keep(), name="gateways"),
-                asyncio.create_task(self._follow(config, model, gateways), name="configuration"),
+                asyncio.create_task(self._follow(store, config, model, gateways), name="configuration"),
             ]
             try:
                 done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -141,23 +152,18 @@ class Head:
         settings = self._settings
         return read_config(settings.config, tenants=settings.tenants, state_url=settings.state_url)
 
-    async def _follow(self, config: FleetConfig, model: ServedModel, gateways: Gateways) -> None:
+    async def _follow(self, store: Store, config: FleetConfig, model: ServedModel, gateways: Gateways) -> None:
         """Carry out each change of the configuration."""
-        told = config
-
-        async def carry_out(new: FleetConfig) -> None:
-            nonlocal told
-            if ServedModel.of(new, self._settings.run) != model:
-                raise HostError(
-                    "the configuration names another model: restart the head for it, or use `tandem refresh`"
-                )
-            if new != told:  # else the controller alone has not taken it yet
-                log.info("the configuration has changed")
-                gateways.want(new)
-                told = new
-            await self._run_controller(new, model)
-
-        await follow(self._read, carry_out, config)
+        follower = ModelFollower(
+            store,
+            config,
+            model,
+            folder=self._settings.run,
+            engines=self._engines,
+            gateways=gateways.want,
+            controller=self._run_controller,
+        )
+        await follow(self._read, follower.carry_out, config)
 
     # -- the parts
 
@@ -230,9 +236,12 @@ class Head:
         are others' to change, and the weights may have been."""
         if await store.get(FLEET_KEY) is not None:
             return
+        record = fleet_record(config, model)
         for spec in wanted_groups(config):
-            await store.compare_and_set(f"{DESIRED}{spec.group}", msgspec.json.encode(spec), version=0)
-        await store.put(FLEET_KEY, msgspec.json.encode(fleet_record(config, model)))
+            # By their path: the configuration may come to name other weights, and these are the ones of that version.
+            own = msgspec.structs.replace(spec, weights_path=record.model_path, weight_version=record.model_version)
+            await store.compare_and_set(f"{DESIRED}{spec.group}", msgspec.json.encode(own), version=0)
+        await store.put(FLEET_KEY, msgspec.json.encode(record))
 
     async def _run_controller(self, config: FleetConfig, model: ServedModel) -> None:
         from tandem.fleet.rank import RankSettings

@@ -28,8 +28,6 @@ from tandem.models.tiny import TinyError, ensure_tiny
 
 log = logging.getLogger(__name__)
 
-_AGAIN_S = 1.0
-
 
 @dataclass(frozen=True, kw_only=True)
 class JoinSettings:
@@ -115,7 +113,7 @@ class Joined:
         async with asyncio.TaskGroup() as tasks:
             if self._settings.group and orders.nursery:
                 self._nursery = await self._start_nursery()
-                tasks.create_task(self._keep_nursery(), name="nursery")
+                tasks.create_task(self._nursery.keep(), name="nursery")
             tasks.create_task(LogCopier(self._folder / "logs").follow(), name="logs")
             tasks.create_task(self._node.keep(resources), name="raylet")
 
@@ -138,15 +136,6 @@ class Joined:
 
     async def _start_nursery(self) -> NurseryProcess:
         return await NurseryProcess.start(self._folder, self._folder / "logs" / "nursery.log")
-
-    async def _keep_nursery(self) -> None:
-        """Start it again whenever it ends: without it no engine starts here."""
-        while True:
-            assert self._nursery is not None
-            code = await self._nursery.process.wait()
-            log.error("the nursery ended with code %d; another one is started", code)
-            await asyncio.sleep(_AGAIN_S)
-            self._nursery = await self._start_nursery()
 
     async def _drain(self) -> None:
         """Let the gateway of this node finish what it has."""

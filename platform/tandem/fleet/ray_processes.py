@@ -61,7 +61,12 @@ SYSTEM_CONFIG: Mapping[str, object] = {
 }
 """Ray's settings, given to the GCS, from which all processes of the cluster read them."""
 
-ENVIRONMENT: Mapping[str, str] = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
+ENVIRONMENT: Mapping[str, str] = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",
+    # Serve would ask a gateway that stands still to end, and wait for it as long as for one that has requests.
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
+}
 
 
 def group_resource(group: str) -> str:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import msgspec
 from msgspec.structs import replace
 
 from tandem.core import refresh as refreshing
+from tandem.core.declared import declarations, with_replaced
+from tandem.core.group_record import Weights
 from tandem.core.refresh import OVER, Refresh, RefreshPhase, Told
 from tandem.core.types import GroupSpec
 from tandem.fleet import clock as process_clock
+from tandem.fleet.fleet_record import change_record
 from tandem.fleet.refresh_store import REFRESH_KEY
-from tandem.fleet.snapshot import DESIRED, FLEET_KEY, GROUPS, read_snapshot
+from tandem.fleet.snapshot import DESIRED, GROUPS, FleetRecord, read_snapshot
 from tandem.state import Store
 
 _LOOK_S = 5.0
@@ -64,7 +67,7 @@ class RefreshDriver:
             for one in told:
                 await self._tell(one)
             if new.phase is RefreshPhase.DONE:
-                await self._serve(new)
+                await self._serve(new, fleet.desired)
             if new == old and not told:
                 return True
             value = msgspec.json.encode(new)
@@ -90,11 +93,14 @@ class RefreshDriver:
             if await self._store.compare_and_set(key, wanted, version=entry.version) is not None:
                 return
 
-    async def _serve(self, refresh: Refresh) -> None:
-        """These are the fleet's weights now: groups that come later start with them."""
-        entry = await self._store.get(FLEET_KEY)
-        record = msgspec.json.decode(entry.value) if entry else {}
-        await self._store.put(
-            FLEET_KEY,
-            msgspec.json.encode({**record, "model_path": refresh.path, "model_version": refresh.version}),
-        )
+    async def _serve(self, refresh: Refresh, specs: Iterable[GroupSpec]) -> None:
+        """These are the fleet's weights now: groups that come later start with them, and what the groups declare stands
+        for them from now on."""
+        declared, weights = declarations(specs), Weights(refresh.path, refresh.version)
+
+        def change(record: FleetRecord) -> FleetRecord:
+            last = Weights(record.declared_path, record.declared_version)  # all groups may have gone
+            replaced = with_replaced(record.replaced, declared or ({last} if last.version else ()), weights)
+            return replace(record, model_path=weights.path, model_version=weights.version, replaced=replaced)
+
+        await change_record(self._store, change)

@@ -6,10 +6,13 @@ import asyncio
 
 import msgspec
 
+from tandem.core.declared import declarations, known_weights, stands_for, taken_version
+from tandem.core.group_record import Weights
 from tandem.core.refresh import OVER, Refresh, pause_reason
 from tandem.fleet import clock
 from tandem.fleet.control_service import Refused
 from tandem.fleet.engines import Engines, NoEngineError
+from tandem.fleet.fleet_record import read_record
 from tandem.fleet.refresh_ask import RefreshAsk
 from tandem.fleet.refresh_store import REFRESH_KEY
 from tandem.fleet.snapshot import read_snapshot
@@ -30,12 +33,20 @@ async def begin_refresh(store: Store, engines: Engines, ask: RefreshAsk, *, drai
         last = msgspec.json.decode(entry.value, type=Refresh)
         if last.phase not in OVER:
             raise Refused(f"A refresh to version {last.version} goes on; wait for its end, or stop it.")
-    fleet = await read_snapshot(store)
+    fleet, record = await read_snapshot(store), await read_record(store)
     if not fleet.model_version:
         raise Refused("The fleet's weights have no version to go back to; set model.version.")
+    own = Weights(fleet.model_path, fleet.model_version)
+    declared = declarations(fleet.desired)
+    if len(declared) > 1:
+        raise Refused("A change of the weights goes on, by which groups declare different ones; wait for its end.")
+    old = stands_for(declared.pop(), record.replaced) if declared else own
     held = {fleet.model_version} | {group.weight_version for group in fleet.groups}
     if ask.version in held:
         raise Refused(f"Version {ask.version} is what the fleet has already; give the new weights another one.")
+    known = known_weights(own, record.replaced, fleet.desired, fleet.groups)
+    if taken := taken_version(Weights(ask.path, ask.version), known):
+        raise Refused(f"Version {ask.version} is that of the weights in {taken}; give the new weights another one.")
     if not ask.allow_pause and (why := pause_reason(fleet.groups)):
         raise Refused(f"Service would pause: {why}. Add a group first, or allow a pause.")
     try:
@@ -48,8 +59,8 @@ async def begin_refresh(store: Store, engines: Engines, ask: RefreshAsk, *, drai
     refresh = Refresh(
         path=ask.path,
         version=ask.version,
-        old_path=fleet.model_path,
-        old_version=fleet.model_version,
+        old_path=old.path or fleet.model_path,
+        old_version=old.version,
         prompt=tuple(prompt),
         expect=ask.expect,
         rollback=ask.rollback,

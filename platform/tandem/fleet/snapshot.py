@@ -9,8 +9,11 @@ from typing import TypeVar
 
 import msgspec
 
+from tandem.core.declared import Replaced
+from tandem.core.refresh import OVER, Refresh
 from tandem.core.traffic import TRAFFIC, TrafficReport
 from tandem.core.types import FleetSnapshot, GatewayReplica, Group, GroupSpec, PoolPlan
+from tandem.fleet.refresh_store import REFRESH_KEY
 from tandem.state import Entry, Store, StoreError
 
 FLEET_KEY = "fleet"
@@ -28,8 +31,15 @@ class FleetRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     model_path: str = ""
+    """Folder of the weights that it has, and that a new group has which declares none."""
     model_name: str = ""
     model_version: str = ""
+    """Of these weights."""
+    declared_path: str = ""
+    declared_version: str = ""
+    """What all groups declared when they last declared the same, as in `GroupSpec`; there may be none now."""
+    replaced: tuple[Replaced, ...] = ()
+    """Declared weights that stand for others."""
 
 
 class StateFormatError(ValueError):
@@ -41,6 +51,7 @@ async def read_snapshot(store: Store) -> FleetSnapshot:
     revision = await store.revision()  # before the listing, which thereby holds at least this
     entries = await store.list("")
     record = next((_decode(entry, FleetRecord) for entry in entries if entry.key == FLEET_KEY), FleetRecord(name=""))
+    refresh = next((_decode(entry, Refresh) for entry in entries if entry.key == REFRESH_KEY), None)
     return FleetSnapshot(
         name=record.name,
         model_path=record.model_path,
@@ -51,6 +62,7 @@ async def read_snapshot(store: Store) -> FleetSnapshot:
         gateways=_under(GATEWAYS, entries, GatewayReplica),
         revision=revision,
         plans=_under(PLANS, entries, PoolPlan),
+        refreshing=refresh.target.version if refresh is not None and refresh.phase not in OVER else "",
     )
 
 
@@ -89,7 +101,7 @@ async def watch_snapshots(store: Store) -> AsyncGenerator[FleetSnapshot, None]:
 async def _listen(store: Store, changed: asyncio.Event) -> None:
     try:
         async for change in store.watch(""):
-            if change.key == FLEET_KEY or change.key.startswith((GROUPS, DESIRED, GATEWAYS, PLANS)):
+            if change.key in (FLEET_KEY, REFRESH_KEY) or change.key.startswith((GROUPS, DESIRED, GATEWAYS, PLANS)):
                 changed.set()
     finally:
         changed.set()

@@ -295,10 +295,11 @@ class Gateway:
         return max(1, len(self._view.snapshot().gateways))
 
     def _shortage(self) -> str | None:
+        """Why gRPC clients should not ask here. Not a lack of groups that come when somebody asks, or nobody would."""
         if self._pages is not None and self._pages.leaving:
             return "this gateway leaves"
         found = self.driver.router.shortage()
-        return None if found is None else found.reason
+        return None if found is None or found.asleep else found.reason
 
     def _smallest_pool(self) -> int | None:
         """KV tokens of the DP ranks with the fewest; None where SGLang measures a GPU's memory itself."""
@@ -314,4 +315,5 @@ class Gateway:
 def summoned(config: FleetConfig) -> frozenset[Role]:
     """Roles that autoscaling may leave without any group, and gives one as soon as a request waits for it."""
     pools = {Role.PREFILL: config.prefill.autoscaling, Role.DECODE: config.decode.autoscaling}
-    return frozenset(role for role, scaling in pools.items() if scaling is not None and scaling.min_groups == 0)
+    own = {role for role, scaling in pools.items() if scaling is not None and scaling.min_groups == 0}
+    return frozenset(own | {Role(role) for role in config.gateway.summoned})

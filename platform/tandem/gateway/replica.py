@@ -16,6 +16,7 @@ import resource
 import socket
 import ssl
 import threading
+import time
 import uuid
 from concurrent.futures import Future
 from pathlib import Path
@@ -32,6 +33,8 @@ from tandem.gateway.survival.registration import Registration
 log = logging.getLogger(__name__)
 
 _M_MMAP_THRESHOLD = -3
+_PROBES = 64
+"""Connections until one that shares its port with others counts as not reached."""
 """malloc.h"""
 
 
@@ -120,8 +123,9 @@ class GatewayReplica:
         if thread.is_alive():
             log.error("the gateway's thread did not end %g s after its grace", 15.0)
 
-    def probe(self, within: float = 2.0) -> None:
-        """Ask our own listener for `/health`; raises ReplicaError unless this very replica answers in time.
+    def probe(self, within: float = 1.0, budget: float = 8.0) -> None:
+        """Ask our own listener for `/health`, `within` seconds each time, `budget` in all; raises ReplicaError unless
+        this very replica answers.
 
         One that has been told to stop is left to it.
         """
@@ -129,9 +133,17 @@ class GatewayReplica:
             raise ReplicaError("the gateway's thread is not running")
         if self._told.is_set():
             return
-        for _ in range(32):
+        silent: TimeoutError | None = None
+        ends = time.monotonic() + budget
+        for _ in range(_PROBES):
             try:
                 health = _health(self._record.url, within, self._config.gateway.tls)
+            except TimeoutError as error:
+                # The kernel may have chosen another one that shares the port, and stands still: not our fault.
+                silent = error
+                if time.monotonic() + within > ends:
+                    break
+                continue
             except (ssl.SSLError, ConnectionResetError) as error:
                 # It answers: it wants a client's certificate, and ours is none. (uvloop closes without an alert.)
                 if not _wants_certificates(self._config.gateway.tls):
@@ -141,6 +153,8 @@ class GatewayReplica:
                 raise ReplicaError(f"{self._record.url}/health does not answer: {error}") from error
             if health.get("replica") == self.replica:
                 return
+        if silent is not None:
+            raise ReplicaError(f"{self._record.url}/health does not answer: {silent}") from silent
         # Others share the port, and the kernel chose them each time: the listener's health is theirs to tell.
         log.debug("%s was not reached on its shared port", self.replica)
 
@@ -162,6 +176,10 @@ class GatewayReplica:
             health = _health(url, 1.0, self._config.gateway.tls)
         except ConnectionRefusedError:
             # Ours is bound but does not listen yet, so nobody does.
+            return listener
+        except TimeoutError:
+            # Only one of this user's who shares the port, too, can be there: a replica that stands still.
+            log.warning("another gateway on %s does not answer; this one listens beside it", url)
             return listener
         except (ssl.SSLError, ConnectionResetError):
             # Somebody does who wants certificates, as we do: it cannot be asked who it is.

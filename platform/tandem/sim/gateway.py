@@ -30,6 +30,7 @@ from tandem.core.pair_events import (
     Tick,
     Withdraw,
 )
+from tandem.core.pair_times import CONFIRM_KV_S
 from tandem.core.pairing import PairTable, room_number
 from tandem.core.routing import NoCapacity, Router
 from tandem.core.types import Group, GroupState, Role
@@ -45,7 +46,6 @@ LOST = frozenset({GroupState.FAILED, GroupState.GONE})
 FIRST_TOKEN_S = 4.0
 STALL_S = 2.0
 CAPACITY_S = 8.0
-HOLD_S = 1.0
 LINGER_S = 3.0
 AGAIN_S = 1.0
 """As in `gateway/pairing/leaving.py`."""
@@ -103,7 +103,7 @@ class SimGateway:
                 first_token_s=FIRST_TOKEN_S,
                 stall_s=STALL_S,
                 capacity_s=CAPACITY_S,
-                hold_s=HOLD_S,
+                hold_s=CONFIRM_KV_S,
                 limit=tracked.ask.limit,
                 delivered=len(tracked.delivered),
                 version=tracked.version,

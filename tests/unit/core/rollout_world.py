@@ -32,6 +32,8 @@ class World:
     """Groups that somebody has cordoned."""
     formats: dict[str, str] = field(default_factory=dict)
     """KV format of each revision that was ever wanted."""
+    weights: dict[str, str] = field(default_factory=dict)
+    """What each of them declares of the weights."""
 
     # -- what is wanted
 
@@ -101,6 +103,7 @@ class World:
                         ready_since=None if held else self.now,
                         served=not held,
                         placed=one.placed or self.now,
+                        weight_version=one.weights or one.weight_version,
                     )
 
     def held(self, one: Member) -> bool:
@@ -167,6 +170,7 @@ class World:
     def ask(self) -> dict[Role, Plan]:
         for pool in self.pools.values():
             self.formats[pool.revision] = pool.kv_format
+            self.weights[pool.revision] = pool.weights
         return roll(tuple(self.pools.values()), self.now)
 
     def step(self) -> list[Action]:
@@ -188,6 +192,7 @@ class World:
                 role=role,
                 revision=action.revision,
                 kv_format=self.formats[action.revision],
+                weights=self.weights[action.revision],
                 state=GroupState.STARTING,
                 canary=self.prompts and action.canary,
                 checked=not (self.prompts and action.canary),
@@ -206,11 +211,11 @@ class World:
         self.step()
 
 
-def world(prefill: int = 2, decode: int = 2, **rules: Any) -> World:
+def world(prefill: int = 2, decode: int = 2, *, weights: str = "", **rules: Any) -> World:
     """A fleet that serves with revision A in both pools."""
     at = replace(RULES, **rules)
     pools = {
-        role: Pool(role=role, groups=groups, revision="A", kv_format="kv1", rules=at)
+        role: Pool(role=role, groups=groups, revision="A", kv_format="kv1", weights=weights, rules=at)
         for role, groups in ((P, prefill), (D, decode))
     }
     fresh = World(pools)
@@ -218,9 +223,9 @@ def world(prefill: int = 2, decode: int = 2, **rules: Any) -> World:
     return fresh
 
 
-def change(fleet: World, *roles: Role, to: str = "B", kv_format: str = "kv1") -> None:
+def change(fleet: World, *roles: Role, to: str = "B", kv_format: str = "kv1", weights: str = "") -> None:
     for role in roles:
-        fleet.want(role, revision=to, kv_format=kv_format)
+        fleet.want(role, revision=to, kv_format=kv_format, weights=weights)
 
 
 def until_canary(**rules: object) -> World:

@@ -79,6 +79,8 @@ class Pairs(RuleBasedStateMachine):
         self.attempts: dict[str, int] = {}
         self.delivered: dict[str, list[tuple[int, int]]] = {}
         """(room, token) of each request."""
+        self.usage: dict[str, int] = {}
+        """Tokens that each request that is over is charged for."""
         self.produced: dict[int, list[int]] = {}
         self.versions: dict[int, str] = {}
         self.rested: dict[str, float] = {}
@@ -119,20 +121,21 @@ class Pairs(RuleBasedStateMachine):
                     self.delivered[request] += [(room, token) for token in ids]
                     self.must_move_by[request] = min(self.now + STALL_S, self.deadlines[request])
                 case Finish(request=request):
-                    self.ended(request)
+                    self.ended(request, len(self.delivered[request]))
                     short = action.reason == "length" and len(self.delivered[request]) >= LIMIT
                     if not short and not isinstance(event, Satisfied):
                         assert self.delivered[request] == self.whole(request), "a token was lost"
-                case Fail(request=request):
-                    self.ended(request)
+                case Fail(request=request, delivered=delivered):
+                    self.ended(request, delivered)
                 case LegReleased(room=room, role=role):
                     del self.running[room, role]
                     self.aborting.discard((room, role))
                 case RoomClosed(room=room):
                     self.open_rooms.remove(room)
 
-    def ended(self, request: str) -> None:
+    def ended(self, request: str, tokens: int) -> None:
         assert request in self.live, "a request ended twice"
+        self.usage[request] = tokens
         self.live.remove(request)
         self.waiting.pop(request, None)
         self.parked.pop(request, None)
@@ -336,17 +339,41 @@ class Pairs(RuleBasedStateMachine):
             case "wait":
                 self.wait(dice.choice([0.1, 0.5, 1, 2]))
 
+    def wind_up(self, dice: random.Random) -> None:
+        """Half a second in which nothing new comes: aborts are answered, some legs end well, some badly, some not."""
+        for room, role in sorted(self.running):
+            if (room, role) not in self.running:
+                continue
+            if (room, role) in self.aborting:
+                self.tell(LegClosed(room=room, role=role))
+            elif room % 4 and dice.random() < 0.3:
+                first = next(iter(self.produced[room]), None)
+                self.tell(LegFinished(room=room, role=role, reason="stop", first=first))
+            elif room % 4 == 1 and dice.random() < 0.3:
+                self.tell(LegFailed(room=room, role=role, failure=Failure(kind=dice.choice(FAILURES), message="")))
+        for _ in range(len(self.waiting)):
+            if dice.random() < 0.5:
+                self.open(dice.choice(["p0", "p1"]), dice.choice(["d0", "d1"]), 0)
+            else:
+                self.refuse(coming=True)
+        self.wait(0.5)
+
     def teardown(self) -> None:
-        for request in list(self.live):
-            self.tell(ClientGone(request=request))
-        self.now += 1
-        self.tell(Tick())
-        assert set(self.running) == self.aborting, "a leg runs on for nobody"
-        for room, role in list(self.running):
-            self.tell(LegClosed(room=room, role=role))
-        assert not self.live
+        """Traffic ends by itself: what is open is finished, fails, or meets its deadline. No client leaves."""
+        dice = random.Random(next(self.serial))
+        last = max((self.deadlines[request] for request in self.live), default=self.now) + RETRIES.delay_most_s
+        while self.live:
+            assert self.now <= last, "a request outlives its deadline"
+            self.wind_up(dice)
+        # What prefill has not ended by itself is ended when it has lingered.
+        for _ in range(4):
+            self.wind_up(dice)
+        assert not self.running, "a leg runs on for nobody"
         assert not self.open_rooms
-        assert self.table.open_rooms == self.table.open_requests == 0
+        assert self.usage == {request: len(tokens) for request, tokens in self.delivered.items()}
+        assert self.table.open_rooms == self.table.open_requests == self.table.parked == 0
+        self.wait(TOTAL_S)
+        assert self.table.next_deadline() is None, "a timer is set for nobody"
 
 
 TestPairs = Pairs.TestCase

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
-from tandem.core.planning_types import Queue
+from tandem.core.planning_types import PlanState, Queue
 from tandem.core.types import GroupState, Role
 from unit.core.planning_fleet import IDLE, QUIET, SLOW_TOKENS, Paper, learned
 
@@ -74,6 +74,102 @@ def test_a_request_that_waits_brings_both_pools_from_zero_to_one_at_once(queue: 
     decision = paper.tick()
     assert (decision.prefill.wanted, decision.decode.wanted) == (1, 1)
     assert decision.decode.reason == "decode: 1 group instead of 0: requests wait and there is no group"
+
+
+def woken(**pool: float) -> Paper:
+    """A request has come when there was no group, and was told to come again later: groups start for longer."""
+    paper = idle_to_zero()
+    for role in Role:
+        paper.pool(role, start_s=1000, **pool)
+    paper.ticks(220)
+    paper.queue = Queue(waiting_prefill=1, waiting_decode=1)
+    paper.tick()
+    paper.queue = Queue()
+    return paper
+
+
+def test_groups_that_somebody_was_waiting_for_stay_until_they_could_have_been_asked() -> None:
+    paper = woken()
+    decision = paper.ticks(600, settle=False)
+    assert (decision.prefill.wanted, decision.decode.wanted) == (1, 1)
+    paper.put("prefill-2", GroupState.READY)
+    decision = paper.ticks(300, settle=False)
+    assert (decision.prefill.wanted, decision.decode.wanted) == (1, 1)
+    assert decision.prefill.held == (
+        "prefill: nobody asks; the last group goes 200 s after both pools serve; decode: 1 group is awaited for 900 s"
+    )
+    paper.put("decode-3", GroupState.READY)
+    assert paper.ticks(200).prefill.wanted == 1
+    decision = paper.ticks(4)
+    assert (decision.prefill.wanted, decision.decode.wanted) == (0, 0)
+
+
+def test_groups_that_are_overdue_are_not_waited_for() -> None:
+    paper = woken()
+    for role in Role:
+        paper.pool(role, start_s=100)
+    assert paper.ticks(150, settle=False).decode.wanted == 1
+    assert paper.ticks(60, settle=False).decode.wanted == 0
+
+
+def test_a_pool_whose_groups_all_fail_goes_to_none_when_nobody_asks_any_more() -> None:
+    paper = woken()
+    paper.pool(DECODE, start_s=100)
+    paper.queue = Queue(waiting_decode=1)
+    paper.put("decode-3", GroupState.FAILED)
+    assert paper.ticks(400, settle=False).decode.wanted == 2
+    paper.queue = Queue()
+    assert paper.ticks(1000, settle=False).decode.wanted == 0
+
+
+def test_somebody_who_comes_again_and_again_keeps_the_last_group() -> None:
+    paper = woken()
+    for _ in range(9):
+        paper.ticks(98, settle=False)
+        paper.fast = QUIET
+        paper.tick()
+        paper.fast = IDLE
+    assert paper.wanted == {PREFILL: 1, DECODE: 1}
+
+
+def test_a_pool_that_goes_down_to_its_last_group_does_not_make_the_other_wait_anew() -> None:
+    paper = idle_to_zero()
+    paper.pool(DECODE, min_groups=1)
+    paper.wanted[DECODE] = 3
+    for _ in range(2):
+        paper.add(DECODE, GroupState.READY)
+    paper.ticks(198)
+    assert paper.wanted == {PREFILL: 1, DECODE: 1}
+    assert paper.ticks(10).prefill.wanted == 0
+
+
+def test_one_pool_alone_may_have_none_and_gets_one_for_a_request_that_waits() -> None:
+    paper = idle_to_zero()
+    paper.pool(PREFILL, min_groups=1)
+    decision = paper.ticks(400)
+    assert (decision.prefill.wanted, decision.decode.wanted) == (1, 0)
+    paper.queue = Queue(waiting_decode=1)
+    assert paper.tick().decode.wanted == 1
+
+
+def test_none_by_hand_stands_although_requests_wait() -> None:
+    paper = idle_to_zero()
+    paper.tick()
+    paper.scale(DECODE, 0)
+    paper.queue = Queue(waiting_decode=1)
+    decision = paper.ticks(800)
+    assert decision.decode.wanted == 0
+    assert "0 groups were set by hand, which stands for another" in decision.decode.held
+    assert paper.ticks(200).decode.wanted == 1
+
+
+def test_without_memory_none_stay_none_until_somebody_asks() -> None:
+    paper = idle_to_zero()
+    paper.ticks(220)
+    paper.state = PlanState()
+    assert paper.ticks(1000).decode.wanted == 0
+    paper.queue = Queue(waiting_decode=1)
+    assert paper.tick().decode.wanted == 1
 
 
 # -- the budget

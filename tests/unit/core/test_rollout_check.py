@@ -171,7 +171,7 @@ def test_of_two_canaries_only_the_wrong_one_fails_and_the_other_tries_again_with
 def test_a_new_format_in_one_pool_alone_waits_for_a_partner_to_be_asked_with() -> None:
     fleet = asking()
     change(fleet, D, kv_format="kv2")
-    fleet.run()
+    fleet.run(2)
     assert fleet.status(D).reason == "WaitingForPair"
     assert "decode-2 is ready, but no ready prefill group has its" in fleet.status(D).message
     assert [one.state for one in fleet.alive(D) if one.canary] == [CORDONED]

@@ -8,6 +8,7 @@ from fractions import Fraction
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from msgspec.structs import replace
 from rollout_world import D, P, World
 
 from tandem.core.rollout_types import Action, Create, Member, Phase, Pool, Remove, Rules
@@ -48,7 +49,9 @@ class Rollouts(RuleBasedStateMachine):
         self.world.prompts = prompts
         for role, number, (surge, unavailable) in zip(Role, groups, bounds, strict=True):
             rules = Rules(max_surge=surge, max_unavailable=unavailable, canary_s=30, progress_s=100, rollback=rollback)
-            self.world.pools[role] = Pool(role=role, groups=number, revision="good-0", kv_format="kv0", rules=rules)
+            self.world.pools[role] = Pool(
+                role=role, groups=number, revision="good-0", kv_format="kv0", weights="w0", rules=rules
+            )
         self.end = end
 
     # -- what people do
@@ -57,19 +60,20 @@ class Rollouts(RuleBasedStateMachine):
     def scale(self, role: Role, groups: int) -> None:
         self.world.want(role, groups=groups)
 
-    @rule(both=either, role=roles, kind=kinds, new_format=either)
-    def change(self, both: bool, role: Role, kind: str, new_format: bool) -> None:
+    @rule(both=either, role=roles, kind=kinds, new_format=either, new_weights=either)
+    def change(self, both: bool, role: Role, kind: str, new_format: bool, new_weights: bool) -> None:
         number = next(self.names)
         for one in Role if both else (role,):
             pool = self.world.pools[one]
-            self.want_revision(one, f"{kind}-{number}", f"kv{number}" if new_format else pool.kv_format)
+            kv_format = f"kv{number}" if new_format else pool.kv_format
+            self.want_revision(one, f"{kind}-{number}", kv_format, f"w{number}" if new_weights else pool.weights)
 
     @rule(role=roles, pick=picks)
     def change_back(self, role: Role, pick: int) -> None:
         known = sorted(self.world.formats)
         if known:
             revision = known[pick % len(known)]
-            self.want_revision(role, revision, self.world.formats[revision])
+            self.want_revision(role, revision, self.world.formats[revision], self.world.weights[revision])
 
     @rule(role=roles, paused=either)
     def pause(self, role: Role, paused: bool) -> None:
@@ -87,11 +91,11 @@ class Rollouts(RuleBasedStateMachine):
             self.world.put(group, state=GroupState.CORDONED, ready_since=None)
             self.world.by_hand.add(group)
 
-    def want_revision(self, role: Role, revision: str, kv_format: str) -> None:
+    def want_revision(self, role: Role, revision: str, kv_format: str, weights: str) -> None:
         pool = self.world.pools[role]
         if pool.memory.good and not revision.startswith("good"):
             self.risky.add((role, revision))
-        self.world.want(role, revision=revision, kv_format=kv_format)
+        self.world.want(role, revision=revision, kv_format=kv_format, weights=weights)
 
     # -- what befalls the groups
 
@@ -172,8 +176,15 @@ class Rollouts(RuleBasedStateMachine):
         pairs, capacity = world.pairs(), world.capacity()
         good = {role: {one.group for one in world.ready(role)} for role in Role}
         again = World(dict(reversed(world.pools.items())), now=world.now).ask()
+        patient = World({role: _has_not_waited(pool) for role, pool in world.pools.items()}, now=world.now).ask()
         actions = world.step()
         assert again == world.plans, "the order of the pools matters"
+        for role, plan in world.plans.items():
+            assert plan.actions == patient[role].actions, "a wait that is too long changes what is done"
+            assert plan.memory.failed == patient[role].memory.failed, "a wait that is too long is a failure"
+            if plan.status.reason == "Stalled":
+                assert patient[role].status.phase is Phase.PROGRESSING
+                assert world.now >= plan.memory.waits_since + world.pools[role].rules.progress_s
         wanted = all(pool.groups for pool in world.pools.values())
         for role, pool in world.pools.items():
             if pool.memory.passed:
@@ -233,7 +244,7 @@ class Rollouts(RuleBasedStateMachine):
             world.want(role, paused=False, groups=2 if few else pool.groups)
         number = next(self.names)
         for role in Role:  # first to something that serves
-            self.want_revision(role, f"good-{number}", f"kv{number}")
+            self.want_revision(role, f"good-{number}", f"kv{number}", f"w{number}")
         self.finish()
         for role, pool in world.pools.items():
             assert world.status(role).phase is Phase.COMPLETE, world.status(role)
@@ -241,7 +252,8 @@ class Rollouts(RuleBasedStateMachine):
         old, number = f"good-{number}", next(self.names)
         changed = tuple(Role) if both else (D,)
         for role in changed:
-            self.want_revision(role, f"{self.end}-{number}", f"kv{number}" if both else world.pools[P].kv_format)
+            kv_format, weights = world.pools[P].kv_format, f"w{number}" if both else world.pools[P].weights
+            self.want_revision(role, f"{self.end}-{number}", f"kv{number}" if both else kv_format, weights)
         self.finish()
         for role, pool in world.pools.items():
             revisions = [one.revision for one in world.alive(role)]
@@ -264,6 +276,10 @@ class Rollouts(RuleBasedStateMachine):
             self.world.place()
             self.come_up()
             self.world.now += 35
+
+
+def _has_not_waited(pool: Pool) -> Pool:
+    return replace(pool, memory=replace(pool.memory, waits_for="", waits_since=0.0))
 
 
 def _share(pool: Pool) -> Fraction:

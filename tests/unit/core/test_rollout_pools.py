@@ -37,7 +37,7 @@ def test_where_no_pair_is_complete_every_group_may_go() -> None:
 def test_a_canary_of_another_kv_format_waits_for_one_of_the_other_role() -> None:
     fleet = world()
     change(fleet, D, kv_format="kv2")
-    fleet.run()
+    fleet.run(2)
     assert (fleet.revisions(D), fleet.status(D).reason) == ("A A B", "WaitingForPair")
     assert 'no ready prefill group has its KV format "kv2"' in fleet.status(D).message
 

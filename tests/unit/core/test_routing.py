@@ -129,8 +129,8 @@ def test_a_role_that_autoscaling_left_without_groups_gets_one_when_somebody_asks
     made.summoned = frozenset({Role.DECODE})
     refusal = made.choose()
     assert isinstance(refusal, NoCapacity)
-    assert refusal.coming
+    assert (refusal.coming, refusal.asleep) == (True, True)
     made.remove("p0")
     refusal = made.choose()
     assert isinstance(refusal, NoCapacity)
-    assert not refusal.coming
+    assert (refusal.coming, refusal.asleep) == (False, False)

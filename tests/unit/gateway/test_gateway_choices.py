@@ -12,6 +12,7 @@ from engine_standin import Script
 from gateway_model import CARD, ids_of, tokenizer, vocabulary
 from gateway_world import Answer, Call, World, saying, world
 
+from tandem.core.answer_times import kept, rises
 from tandem.core.pair_events import Fail, Failure, FailureKind
 from tandem.core.routing import RouteAsk
 from tandem.core.tenants import Priority
@@ -282,6 +283,42 @@ async def test_what_has_come_with_a_failure_goes_out_before_it(failing: int, las
     with pytest.raises(ApiError):
         await reply.next()
     assert other.request in driver.gone
+
+
+def gave(reply: Reply, outcome: str, *came: tuple[float, int, float]) -> dict[float, int]:
+    """What is counted of an answer for aims of 2 s and so many seconds between tokens: answers that kept both.
+    `came`: when tokens came, how many, and when the ones before had (0 = none)."""
+    metrics = reply._metrics
+    for at, tokens, last in came:
+        reply.came(tokens, last, at)
+    reply.close(outcome)
+    cells = rises([((), metrics._metrics.answer_times.told())])
+    assert cells is not None
+    return {aim: round(kept(cells, 2.0, aim)) for aim in (0.05, 0.1, 0.2)}
+
+
+async def test_an_answer_is_as_slow_as_its_gaps_are_on_average() -> None:
+    # 9 tokens 40 ms apart and one that is late by far: 100 ms on average.
+    came = [(1 + 0.04 * number, 1, 1 + 0.04 * (number - 1)) for number in range(1, 10)]
+    assert gave(half_read(NoDriver()), "ok", (1.0, 1, 0), *came, (1.99, 1, 1.36)) == {0.05: 0, 0.1: 1, 0.2: 1}
+
+
+async def test_tokens_that_came_together_share_their_gap_and_choices_their_average() -> None:
+    came = [(1.0, 1, 0), (1.1, 1, 0), (1.2, 2, 1.0), (1.3, 2, 1.1)]
+    assert gave(half_read(NoDriver()), "ok", *came) == {0.05: 0, 0.1: 1, 0.2: 1}
+
+
+async def test_an_answer_that_came_late_kept_no_aim_however_fast_it_was() -> None:
+    assert gave(half_read(NoDriver()), "ok", (2.5, 1, 0), (2.51, 1, 2.5)) == {0.05: 0, 0.1: 0, 0.2: 0}
+
+
+@pytest.mark.parametrize(("outcome", "counted"), [("ok", 1), ("client_gone", 1), ("engine_failure", 0)])
+async def test_what_failed_was_no_answer_and_what_a_client_left_was(outcome: str, counted: int) -> None:
+    assert gave(half_read(NoDriver()), outcome, (1.0, 1, 0))[0.2] == counted
+
+
+async def test_what_nobody_saw_begin_is_no_answer() -> None:
+    assert gave(half_read(NoDriver()), "client_gone")[0.2] == 0
 
 
 async def test_a_client_that_leaves_ends_the_legs_of_all_choices() -> None:

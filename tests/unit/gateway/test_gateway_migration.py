@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from typing import Any
 
@@ -12,11 +13,15 @@ from gateway_model import ids_of
 from gateway_world import Answer, World, world
 
 from tandem.core.types import GroupState
+from tandem.gateway.api.tools import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEP
 from tandem.models.tokenizer import EOS_ID
 
 BROKEN = {"type": "abort", "message": "gone", "status_code": 500}
 STOP = {"type": "stop", "matched": EOS_ID}
 TEXT = "hm, let me see</think>hello you, 😀 is here"
+OPENING = f"hm</think>I look{CALLS_BEGIN}{CALL_BEGIN}function{SEP}look\n```json\n"
+CALLING = f'{OPENING}{{"at": "wörld"}}\n```{CALL_END}{CALLS_END}'
+LOOK = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
 
 
 def plays(engine: Engine, text: str, *, breaks: tuple[int, ...] = (), cut: bool = False) -> None:
@@ -71,6 +76,29 @@ async def test_a_stream_that_breaks_off_again_and_again_is_the_same_stream() -> 
     (undisturbed, _), (found, w) = await chat(), await chat(*places)
     assert said(found) == said(undisturbed)
     assert (w.records[0].outcome, w.records[0].migrations) == ("ok", len(places))
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [f"hm</think>I look{CALLS_BEGIN}", OPENING[:-12], OPENING, f'{OPENING}{{"at": "w', CALLING.removesuffix(CALLS_END)],
+    ids=["the opening", "the name", "the fence", "half an argument", "the call"],
+)
+async def test_a_tool_call_across_the_break_is_the_same_call(behind: str) -> None:
+    found, w = await chat(len(ids_of(behind)), text=CALLING, tools=[LOOK])
+    calls = [call for delta in chunks(found) for call in delta.get("tool_calls", [])]
+    assert [call["function"]["name"] for call in calls if "name" in call["function"]] == ["look"]
+    assert json.loads("".join(call["function"]["arguments"] for call in calls)) == {"at": "wörld"}
+    assert said(found)["content"] == "I look"
+    assert found.events()[-3]["choices"][0]["finish_reason"] == "tool_calls"
+    assert w.records[0].migrations == 1
+
+
+async def test_the_delivered_tokens_that_another_pair_reads_are_not_counted_as_prompt() -> None:
+    (undisturbed, _), (found, w) = await chat(), await chat(3, 7)
+    assert len(w.engines["d0"].bodies[-1]["input_ids"]) == len(w.engines["d0"].bodies[0]["input_ids"]) + 7
+    usage = found.events()[-2]["usage"]
+    assert usage == undisturbed.events()[-2]["usage"]
+    assert usage["prompt_tokens"] == w.records[0].prompt_tokens == len(w.engines["d0"].bodies[0]["input_ids"])
 
 
 async def test_whoever_goes_on_gets_the_prompt_and_what_was_delivered() -> None:

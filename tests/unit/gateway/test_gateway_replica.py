@@ -12,13 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import msgspec
 import pytest
 from certificates import Authority
 from engine_standin import Engine, Script, engine
 from gateway_model import ids_of, model_folder
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tandem.config import FleetConfig
+from tandem.core.traffic import TRAFFIC, TrafficReport
 from tandem.core.types import GatewayReplica as Record
 from tandem.core.types import Group, GroupState, Role
 from tandem.gateway.replica import GatewayReplica, ReplicaError
@@ -134,11 +137,41 @@ async def test_it_follows_the_store(place: Place) -> None:
         await until(record.url, "/ready", 200)
 
 
+async def test_a_request_waits_for_groups_that_come_when_somebody_asks_and_the_store_says_so(place: Place) -> None:
+    replica = place.replica(summoned=["prefill", "decode"])
+    async with running(replica) as record, grpc.aio.insecure_channel(record.grpc) as channel:
+        health = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        assert health.status == health_pb2.HealthCheckResponse.SERVING, "a client that looks there first never asks"
+        assert (await ask(record.url, "/ready"))[0] == 503
+        place.engines[1].default = Script(ids=ids_of("hi there"))
+        asked = asyncio.create_task(ask(record.url, "/v1/completions", COMPLETION))
+        async with asyncio.timeout(5):
+            async for change in place.store.watch(TRAFFIC):
+                assert change.value is not None
+                told = msgspec.json.decode(change.value, type=TrafficReport)
+                if (told.waiting_prefill, told.waiting_decode) == (1, 1):
+                    break
+        await place.announce(GroupState.STARTING)
+        await place.announce()
+        status, found = await asked
+    assert (status, found["choices"][0]["text"]) == (200, "hi there")
+
+
 async def test_two_replicas_share_a_port(place: Place) -> None:
     first = place.replica()
     async with running(first) as one, running(place.replica(port=int(one.url.rsplit(":", 1)[1]))) as two:
         assert (one.url, one.replica != two.replica) == (two.url, True)
         first.probe()
+
+
+async def test_one_that_stands_still_on_the_port_keeps_no_other_from_starting_and_being_healthy(place: Place) -> None:
+    with socket.socket() as frozen:
+        frozen.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        frozen.bind(("127.0.0.1", 0))
+        frozen.listen()
+        replica = place.replica(port=frozen.getsockname()[1])
+        async with running(replica):
+            await asyncio.to_thread(replica.probe, 0.05)
 
 
 async def test_another_fleet_is_not_let_in_on_the_port(place: Place) -> None:

@@ -13,6 +13,7 @@ from gateway_world import World, saying, world
 from test_gateway_replica import COMPLETION, Place, ask, place, running, until
 
 from tandem.config import FleetConfig
+from tandem.core.answer_times import SIDE
 from tandem.core.tenants import Priority
 from tandem.core.traffic import BOUNDS, TRAFFIC, TrafficReport
 from tandem.core.types import FleetSnapshot, Group, GroupState, PoolPlan, Role
@@ -74,6 +75,7 @@ async def test_a_report_holds_what_requests_came_to_and_what_they_took() -> None
     assert (told.input_tokens, told.output_tokens) == (2, len(ids_of("hello")) + 1)
     assert sum(told.ttft) == 1
     assert sum(told.itl) < told.output_tokens
+    assert (told.answers[0], sum(told.answers[2::2])) == (SIDE, 1)
     assert (told.running, told.queue_length, told.queue_oldest_s) == (0, 0, 0.0)
 
 
@@ -202,3 +204,7 @@ async def test_what_autoscaling_wants_is_on_the_pages(place: Place) -> None:
 def test_only_a_pool_that_may_be_empty_is_waited_for() -> None:
     config = FleetConfig.model_validate({"prefill": {"autoscaling": {}}, "decode": {"autoscaling": {"min_groups": 0}}})
     assert summoned(config) == {Role.DECODE}
+
+
+def test_a_role_that_the_operator_gives_a_group_when_somebody_asks_is_waited_for() -> None:
+    assert summoned(FleetConfig.model_validate({"gateway": {"summoned": ["prefill"]}})) == {Role.PREFILL}

@@ -264,3 +264,35 @@ async def test_a_group_is_asked_whatever_else_is_the_matter_with_it() -> None:
     await world.look()
     assert world.condition(world.group("decode-1"), "Degraded")["status"] == "True"
     assert checked(world) == ("True", "Answered")
+
+
+def progressing(world: World) -> tuple[str, str]:
+    condition = world.condition(world.server.objects[Key(POOL, "ai", "r1-decode")], "Progressing")
+    return condition["status"], condition["reason"]
+
+
+async def test_a_canary_that_waits_for_its_answer_for_long_is_told_as_stalled_also_by_another_operator() -> None:
+    world = await changed(ALONE, progressSeconds=600)
+    await world.look()
+    assert progressing(world) == ("True", "Canary")
+    world.ctx.at += 300
+    world.ctx.checks = type(world.ctx.checks)()  # another operator
+    await world.look()
+    assert progressing(world) == ("True", "Canary")
+    world.ctx.at += 300
+    await world.look()
+    assert progressing(world) == ("False", "Stalled")
+    assert degraded(world)["reason"] == "Stalled"
+    (event,) = {told for told in world.recorder.told if told.startswith("Stalled: ")}
+    assert "it serves nobody until it has answered a known prompt: no prefill group has its KV format" in event
+    assert "it has waited for more than 600 s. It goes on by itself when that is over" in event
+    assert world.groups() == ["decode-0", "decode-1", "prefill-0"]
+    world.server.writes.clear()
+    world.ctx.at += 1
+    await world.look()
+    assert world.server.writes == []
+    world.control.answers["decode-1"] = GroupCheck(verdict=CheckVerdict.OK)
+    world.ctx.at += 5
+    await world.look()
+    assert progressing(world)[1] != "Stalled"
+    assert not world.control.desired["decode-1"].cordoned

@@ -33,7 +33,7 @@ POOL = {"fleet": "r1", "role": "decode", "template": {"image": {"name": "engine:
 
 
 @functools.cache
-def schema_of(kind: str, *, cel: bool = False) -> dict[str, Any]:
+def schema_of(kind: str, *, cel: bool = True) -> dict[str, Any]:
     """The whole schema of a resource."""
     version = crds.definition(KINDS[kind], cel=cel)["spec"]["versions"][0]
     assert version["name"] == VERSION
@@ -74,16 +74,17 @@ def test_check_tells_files_that_differ_are_missing_or_are_of_no_resource(tmp_pat
     assert crds.differing(tmp_path) == ["expertparallelpools.yaml", "fleets.yaml", "strangers.yaml"]
 
 
-def test_cel_is_in_the_second_form_alone(tmp_path: Path) -> None:
-    assert crds.main(["--cel", str(tmp_path)]) == 0
-    with_cel = {path.name for path in tmp_path.glob("*.yaml") if "x-kubernetes-validations" in path.read_text()}
-    assert with_cel == set(crds.files())
-    assert not any("x-kubernetes-validations" in content for content in crds.files().values())
+def test_rules_in_cel_are_in_every_file_but_not_in_those_for_old_servers(tmp_path: Path) -> None:
+    assert all("x-kubernetes-validations" in content for content in crds.files().values())
+    assert crds.main(["--no-cel", str(tmp_path)]) == 0
+    written = {path.name: path.read_text() for path in tmp_path.glob("*.yaml")}
+    assert written.keys() == crds.files().keys()
+    assert not any("x-kubernetes-validations" in content for content in written.values())
 
 
-def test_cel_is_never_written_over_the_charts_files() -> None:
+def test_the_charts_files_never_go_without_cel() -> None:
     with pytest.raises(SystemExit):
-        crds.main(["--cel"])
+        crds.main(["--no-cel"])
 
 
 # -- the schemas

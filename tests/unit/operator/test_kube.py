@@ -29,7 +29,7 @@ class Client:
         status, body = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
 
         async def read() -> bytes:
-            return json.dumps(body).encode()
+            return body if isinstance(body, bytes) else json.dumps(body).encode()
 
         return SimpleNamespace(status=status, read=read)
 
@@ -73,3 +73,10 @@ async def test_a_refusal_says_each_cause() -> None:
     with pytest.raises(KubeError, match="422: it is invalid") as found:
         await Kube(Client((422, said))).apply(Key(STATEFUL_SET, "ai", "r1"), {})
     assert (found.value.said, found.value.causes) == ("it is invalid", ("Forbidden: no", ""))
+
+
+@pytest.mark.parametrize("body", [b'{"kind": "Fle', b"<html>", b""])
+async def test_an_answer_that_is_cut_short_or_a_proxys_is_as_if_the_server_were_away(body: bytes) -> None:
+    with pytest.raises(KubeError, match="the answer is no JSON") as found:
+        await Kube(Client((200, body))).get(Key(SERVICE, "ai", "r1"))
+    assert found.value.status == 0

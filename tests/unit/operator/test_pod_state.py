@@ -216,3 +216,29 @@ async def test_a_revision_whose_engines_end_three_times_fails_before_its_time() 
     assert "drain decode-1" in world.control.calls
     told = world.condition(world.server.objects[Key(POOL, "ai", "r1-decode")], "Progressing")
     assert "decode-1 failed 3 times in a row: rank 0 ended" in told["message"]
+
+
+def test_a_pod_on_its_way_out_is_named_until_it_is_over() -> None:
+    going, over = pod(1), pod(1)
+    for one in (going, over):
+        one["metadata"]["deletionTimestamp"] = STAMP
+    over["status"]["phase"] = "Succeeded"
+    told = state(pod(0), going)
+    assert (told.going, told.scheduled) == ("r1-decode-0-1", 1)
+    assert state(pod(0), over).going == state(pod(0), pod(1)).going == ""
+
+
+async def test_a_group_that_a_pod_drained_is_put_again_only_when_that_pod_has_gone() -> None:
+    world = World()
+    await world.look()
+    one = pod(0, uid=world.server.objects[Key(STATEFUL_SET, "ai", "r1-decode-0")]["metadata"]["uid"])
+    one["metadata"]["deletionTimestamp"] = STAMP
+    world.ctx.cache.put(POD, slim(one))
+    await world.control.drain("decode-0")
+    world.control.gone("decode-0")
+    await world.look()
+    assert world.control.calls.count("put decode-0") == 1
+    assert world.condition(world.group("decode-0"), "Ready")["message"] == "It starts when pod r1-decode-0-0 has gone."
+    world.ctx.cache.remove(POD, slim(one))
+    await world.look()
+    assert world.control.calls.count("put decode-0") == 2

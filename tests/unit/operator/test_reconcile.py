@@ -15,13 +15,15 @@ from tandem_operator.names import (
     EP_GROUP,
     FLEET,
     POOL,
+    SERVICE,
     STATEFUL_SET,
     VOLCANO_GANG,
     Key,
     Object,
+    owned,
 )
 from tandem_operator.reconcile.group import reconcile_group
-from unit.operator.world import NOW, World
+from unit.operator.world import NOW, STAMP, World
 
 
 async def test_a_fleet_comes_up() -> None:
@@ -126,6 +128,7 @@ async def test_a_group_that_is_wanted_less_drains_and_then_goes() -> None:
     world.ctx.at += 5
     await world.look()
     assert world.group(leaving) is None
+    assert Key(STATEFUL_SET, "ai", f"r1-{leaving}") in world.server.objects, "what it owned is Kubernetes' to remove"
 
 
 async def test_a_group_that_its_fleet_does_not_know_for_a_moment_does_not_go_without_a_drain() -> None:
@@ -161,6 +164,73 @@ async def test_a_group_that_the_fleet_never_had_goes_at_once() -> None:
     world.link.reachable = True
     await reconcile_group(world.ctx, Key(EP_GROUP, "ai", "r1-decode-0"))
     assert world.group("decode-0") is None
+
+
+def orphan(world: World, key: Key) -> None:
+    """What Kubernetes does to what an object owned, with `--cascade=orphan`."""
+    obj = world.server.objects[key]
+    meta = {name: value for name, value in obj["metadata"].items() if name != "ownerReferences"}
+    world.server.put(key, {**obj, "metadata": meta})
+
+
+async def test_a_pool_that_is_made_again_takes_up_the_groups_that_the_old_one_has_left() -> None:
+    world = World()
+    await world.look()
+    world.scale("decode", 2)
+    await world.look()
+    before, calls = world.groups(), list(world.control.calls)
+    pool = Key(POOL, "ai", "r1-decode")
+    world.server.drop(pool)
+    for group in ("decode-0", "decode-1"):
+        orphan(world, Key(EP_GROUP, "ai", f"r1-{group}"))
+    orphan(world, Key(BUDGET, "ai", "r1-decode"))
+    await world.look()
+    assert (world.groups(), world.control.calls) == (before, calls)
+    made = world.server.objects[pool]
+    assert made["spec"]["replicas"] == 2
+    for key in (*(Key(EP_GROUP, "ai", f"r1-decode-{number}") for number in range(2)), Key(BUDGET, "ai", "r1-decode")):
+        assert owned(world.server.objects[key], made)
+    assert "GroupAdopted: decode-1 had no owner, and is this pool's now." in world.recorder.told
+
+
+async def test_a_group_that_somebody_else_made_without_an_owner_is_left_alone() -> None:
+    world = World()
+    await world.look()
+    key = Key(EP_GROUP, "ai", "r1-decode-0")
+    meta = world.server.objects[key]["metadata"]
+    orphan(world, key)
+    strange = {**meta["labels"], "app.kubernetes.io/managed-by": "somebody"}
+    live = world.server.objects[key]
+    world.server.put(key, {**live, "metadata": {**live["metadata"], "labels": strange}})
+    await world.look()
+    assert "ownerReferences" not in world.server.objects[key]["metadata"]
+
+
+async def test_what_a_group_leaves_without_an_owner_goes_with_it() -> None:
+    world = World(decode={"groups": 2, "rollout": {"canarySeconds": 0}})
+    await world.look()
+    key = Key(EP_GROUP, "ai", "r1-decode-1")
+    live = world.server.objects[key]
+    held = [*live["metadata"]["finalizers"], "orphan"]
+    world.server.put(key, {**live, "metadata": {**live["metadata"], "finalizers": held, "deletionTimestamp": STAMP}})
+    await world.look()
+    world.control.gone("decode-1")
+    world.ctx.at += 6
+    await world.look()
+    kept = world.group("decode-1")
+    assert kept is not None
+    assert kept["metadata"]["finalizers"] == held, "Kubernetes is not done with what it owned"
+    children = [Key(kind, "ai", "r1-decode-1") for kind in (STATEFUL_SET, SERVICE)]
+    for child in children:
+        orphan(world, child)
+    live = world.server.objects[key]
+    world.server.put(key, {**live, "metadata": {**live["metadata"], "finalizers": ["tandem.dev/drain"]}})
+    await world.look()
+    world.ctx.at += 6
+    await world.look()
+    assert world.group("decode-1") is None
+    assert not [child for child in children if child in world.server.objects]
+    assert Key(STATEFUL_SET, "ai", "r1-decode-0") in world.server.objects
 
 
 async def test_a_group_that_drains_tells_until_when() -> None:

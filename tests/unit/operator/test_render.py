@@ -27,6 +27,7 @@ from tandem_operator.render.config import SpecError, fleet_config, fleet_spec
 from tandem_operator.render.group import group_children
 from tandem_operator.render.platform import passing_names, platform_children
 from tandem_operator.render.pool import pool_budget, pool_object
+from tandem_operator.revision import weights_of
 from unit.operator.objects import fleet, group, pool, spec_of
 
 
@@ -62,6 +63,11 @@ def test_fleet_json_is_a_configuration_for_a_cluster() -> None:
 def test_the_operator_puts_the_groups_so_fleet_json_has_none() -> None:
     pools = [written(decode={"groups": 5, "autoscaling": {"maxGroups": 9}}).decode, written().prefill]
     assert [(found.groups, found.autoscaling) for found in pools] == [(0, None), (0, None)]
+
+
+def test_gateways_are_told_of_roles_whose_last_group_goes_while_nobody_asks() -> None:
+    assert written(decode={"autoscaling": {"minGroups": 0}}).gateway.summoned == ("decode",)
+    assert written(decode={"autoscaling": {"minGroups": 1}}).gateway.summoned == ()
 
 
 def test_what_differs_between_groups_is_not_in_fleet_json() -> None:
@@ -321,6 +327,16 @@ def test_the_checkpoint_is_where_every_pod_looks_for_it(model: dict[str, Any], m
     assert mounts["model"] == mounted
     assert str(written(model=model).model.path).startswith(mounted)
     assert spec.template.model_path is not None
+
+
+@pytest.mark.parametrize(
+    ("model", "version"),
+    [({"path": "/models/r1"}, "r1-9cb54911"), ({"path": "/models/r1", "version": "0528"}, "0528"), ({}, "1")],
+)
+def test_head_and_groups_are_told_the_same_version_of_the_weights(model: dict[str, Any], version: str) -> None:
+    made = fleet(model=model)
+    assert written(model=model).model.version == version
+    assert weights_of(group(made)[1].template) == (model.get("path", ""), version)
 
 
 def test_nobody_gets_the_rights_of_a_service_account() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tandem_operator.api.pool import EngineTemplate
-from tandem_operator.revision import kv_format_of, revision_of
+from tandem_operator.revision import kv_format_of, revision_of, weights_in, weights_of
 
 
 def template(**changes: Any) -> EngineTemplate:
@@ -47,6 +47,8 @@ def test_a_default_that_is_written_out_changes_nothing() -> None:
         {"kv_format": "r1-fp8"},
         {"pods": {"annotations": {"tandem.dev/restarted": "1"}}},
         {"model_volume": {"claim": "models"}},
+        {"model_path": "/models/r1"},
+        {"model_version": "0528"},
     ],
 )
 def test_whatever_changes_a_pod_makes_another_revision(change: dict[str, Any]) -> None:
@@ -87,3 +89,21 @@ def test_of_two_like_flags_the_last_one_counts() -> None:
 def test_prefill_and_decode_of_one_image_pair_although_their_other_flags_differ() -> None:
     decode = kv_format("--enable-two-batch-overlap", max_total_tokens=8192, redundant_experts=32)
     assert decode == kv_format("--chunked-prefill-size", "8192")
+
+
+def test_weights_have_the_version_that_somebody_gave_them() -> None:
+    assert weights_of(template(model_path="/models/r1", model_version="0528")) == ("/models/r1", "0528")
+
+
+def test_weights_without_a_version_get_one_that_no_other_path_has() -> None:
+    path, version = weights_of(template(model_path="/models/r1"))
+    assert (path, version) == ("/models/r1", "r1-9cb54911")
+    assert weights_of(template(model_path="/others/r1")).version != version
+    assert weights_of(template()) == ("", "1")
+
+
+@pytest.mark.parametrize("change", [{}, {"model_path": "/r1"}, {"model_path": "/r1", "model_version": "2"}])
+def test_a_template_on_the_server_declares_what_it_did_here(change: dict[str, str]) -> None:
+    made = template(**change)
+    assert weights_in(made.model_dump(mode="json", by_alias=True, exclude_none=True)) == weights_of(made)
+    assert weights_in(made.model_dump(mode="json", by_alias=True)) == weights_of(made)

@@ -102,6 +102,29 @@ async def test_what_the_planner_tells_meanwhile_is_not_overwritten(
     assert world.server.objects[key]["status"].get(field) == meanwhile
 
 
+@pytest.mark.parametrize(
+    ("least", "said"),
+    [
+        (0, ("True", "NobodyAsks", "Nobody asks, so no decode group is wanted; the next request brings one, and")),
+        (1, ("False", "Unavailable", "no decode group is ready")),
+    ],
+)
+async def test_a_fleet_whose_last_group_went_while_nobody_asks_is_there(least: int, said: tuple[str, str, str]) -> None:
+    world = World(decode={"autoscaling": {"minGroups": least}, "rollout": {"canarySeconds": 0}})
+    await world.look()
+    gateway = Key(STATEFUL_SET, "ai", "r1-gateway")
+    world.server.put(gateway, {**world.server.objects[gateway], "status": {"readyReplicas": 1}})
+    world.scale("decode", 0)
+    await world.look()
+    assert "drain decode-0 by force" in world.control.calls
+    world.control.gone("decode-0")
+    world.ctx.at += 6
+    await world.look()
+    found = world.condition(world.server.objects[Key(FLEET, "ai", "r1")], "Available")
+    assert (found["status"], found["reason"]) == said[:2]
+    assert found["message"].startswith(said[2])
+
+
 async def test_a_fleet_that_is_gone_is_taken_out_of_the_metrics() -> None:
     world = World()
     await world.look()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any, cast
 
@@ -35,10 +36,12 @@ class Server:
         self.objects: dict[Key, Object] = {}
         self.writes: list[str] = []
         self._versions = itertools.count(100)
+        self._dropped: Counter[Key] = Counter()
         self._cache = cache
 
     def put(self, key: Key, obj: Object) -> Object:
-        meta = {"uid": f"uid-{key.name}", "generation": 1, **obj["metadata"], "name": key.name, "namespace": "ai"}
+        uid = f"uid-{'pool-' * (key.kind is POOL)}{key.name}{'-again' * self._dropped[key]}"
+        meta = {"uid": uid, "generation": 1, **obj["metadata"], "name": key.name, "namespace": "ai"}
         self.objects[key] = {**obj, "metadata": {**meta, "resourceVersion": str(next(self._versions))}}
         self._cache.put(key.kind, self.objects[key])
         return self.objects[key]
@@ -70,6 +73,7 @@ class Server:
             self.drop(key)
 
     def drop(self, key: Key) -> None:
+        self._dropped[key] += 1
         self._cache.remove(key.kind, self.objects.pop(key))
 
 
@@ -83,10 +87,18 @@ class Control:
         self.answers: dict[str, GroupCheck] = {}
         """What groups answer when they are checked; others answer well."""
         self.refuses = ""
+        self.bad_weights = ""
+        """Why it takes no other weights; empty = it does."""
+        self.refreshing = ""
 
     @property
     def snapshot(self) -> FleetSnapshot:
-        return FleetSnapshot(name="r1", groups=tuple(self.groups.values()), desired=tuple(self.desired.values()))
+        return FleetSnapshot(
+            name="r1",
+            groups=tuple(self.groups.values()),
+            desired=tuple(self.desired.values()),
+            refreshing=self.refreshing,
+        )
 
     async def fleet(self) -> FleetSnapshot:
         return self.snapshot
@@ -102,7 +114,7 @@ class Control:
                 role=spec.role,
                 epoch=1,
                 state=GroupState.READY,
-                weight_version="1",
+                weight_version=spec.declared_version,
                 kv_format=spec.kv_format,
                 since=NOW - 3600,
                 ranks=ranks,
@@ -119,6 +131,11 @@ class Control:
         self.calls.append(f"check {group}")
         answer = self.answers.get(group, GroupCheck(verdict=CheckVerdict.OK))
         return replace(answer, epoch=self.groups[group].epoch)
+
+    async def check_weights(self, path: str, version: str) -> None:
+        self.calls.append(f"weights {version} in {path}")
+        if self.bad_weights:
+            raise ControlError(self.bad_weights, "FAILED_PRECONDITION")
 
     async def drain(
         self, group: str, deadline_s: float | None = None, *, migrate: bool = False, force: bool = False

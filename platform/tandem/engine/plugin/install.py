@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from importlib import metadata
 
-from tandem.engine.plugin import bootstrap, compiling, grammars, hook, penalties, progress, reap
+from tandem.engine.plugin import bootstrap, compiling, grammars, hook, penalties, progress, reap, word
 from tandem.engine.plugin.hook import Hook
 
 SWITCH = "TANDEM_ENGINE"
@@ -65,6 +65,11 @@ def everywhere() -> tuple[Hook, ...]:
             "around",
         ),
         Hook(f"{disaggregation}.common.conn._get_bootstrap_session", bootstrap.hasten, "after"),
+        Hook(
+            f"{disaggregation}.prefill.SchedulerDisaggregationPrefillMixin.process_disagg_prefill_inflight_queue",
+            word.wait,
+            "before",
+        ),
         Hook(f"{detokenizer}.__init__", progress.detokenizer_starts, "after"),
         Hook(f"{detokenizer}.handle_batch_token_id_out", progress.detokenizing, "before"),
         Hook(f"{detokenizer}.handle_batch_token_id_out", progress.detokenized, "after"),

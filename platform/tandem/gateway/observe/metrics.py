@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector, disable_created_metrics
 
+from tandem.core.answer_times import AnswerTimes
 from tandem.core.traffic import BOUNDS
 from tandem.gateway.observe.metric_types import Bounded, Histogram, Registry
 
@@ -87,6 +88,10 @@ class TenantMetrics:
         self._between.observe(each, tokens)
         self._metrics.delivered_tokens.inc(tokens)
 
+    def answered(self, first_s: float, between_s: float) -> None:
+        """An answer is over, whose first token came after `first_s`, and the others `between_s` apart on average."""
+        self._metrics.answer_times.observe(first_s, between_s)
+
     def delivered(self, tokens: int) -> None:
         """The first tokens of a further choice are there, beside those of the request's first."""
         self._metrics.delivered_tokens.inc(tokens)
@@ -125,6 +130,8 @@ class Metrics:
         self._groups = Bounded(_GROUPS)
         self._tenant_limit = tenants
         self._tenants: dict[str, TenantMetrics] = {}
+        self.answer_times = AnswerTimes()
+        """For the fleet alone: Prometheus cannot tell one request's two times from two requests' ones."""
         ProcessCollector(registry=registry)
         self._make_requests(registry)
         self._make_tokens(registry)

@@ -104,6 +104,7 @@ class TrafficTeller:
             running=admission.running,
             waiting_prefill=waiting[Role.PREFILL],
             waiting_decode=waiting[Role.DECODE],
+            answers=metrics.answer_times.told(),
         )
 
     @property

@@ -18,6 +18,9 @@ from tandem.gateway.pairing.pairs import PairDriver
 from tandem.gateway.pairing.ticket import Ticket
 from tandem.gateway.text.answer import Answer, Piece, Usage
 
+_GIVEN = ("ok", "client_gone")
+"""Outcomes of answers that were the client's to judge."""
+
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):
     """What is new of one choice; with `reason` at its end, and with `usage` at the end of the whole reply."""
@@ -106,6 +109,8 @@ class Reply:
         self._permit = permit
         self._trace = trace
         self._streaming: Phase | None = None
+        self._after_s, self._after = 0.0, 0
+        """Over its choices, the time from each one's first token to its last, and the tokens that came in it."""
         self._loop = asyncio.get_running_loop()
         self._open: list[Run] = []
         self._failed: Fail | None = None
@@ -132,6 +137,8 @@ class Reply:
     def came(self, tokens: int, last: float, now: float) -> None:
         """Tokens of a choice have come, `last` being when its latest ones had; 0 = these are its first."""
         if last:
+            self._after_s += now - last
+            self._after += tokens
             self._metrics.tokens_between(now - last, tokens)
         elif self.first is None:
             self.first = now
@@ -147,6 +154,8 @@ class Reply:
         self.leave()
         if self._streaming is not None:
             self._streaming.end(outcome)
+        if self.first is not None and outcome in _GIVEN:
+            self._metrics.answered(self.first - self._arrived, self._after_s / max(1, self._after))
         for run in self.runs:
             run.detach()
 
