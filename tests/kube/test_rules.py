@@ -11,7 +11,7 @@ from kubernetes.client.exceptions import ApiException
 from kube.cluster import Cluster
 from kube.control_plane import has_cel, release
 from kube.kubelet.rest import MERGE, path
-from kube.operator_world import apply_kinds, serve_kinds
+from kube.operator_world import serve_kinds
 from support.fleets import LEAST
 from tandem_operator.cel import RULES
 
@@ -138,27 +138,3 @@ def test_what_never_changes_cannot_be_changed(ruled: Cluster, there: str, kind: 
     assert error.value.status == 422
     assert f"{field} cannot be changed: make another" in refusal(error.value)
     ruled.rest.persist("PATCH", where, {"spec": {field: (POOL | GROUP)[field]}}, content=MERGE)
-
-
-def test_a_fleet_that_broke_a_rule_before_there_were_rules_can_still_be_told_so(ruled: Cluster, namespace: str) -> None:
-    if release() < (1, 30):
-        pytest.skip("Kubernetes before 1.30 checks again what did not change")
-    wrong = BROKEN[0][1]
-
-    def refused() -> bool:
-        try:
-            create(ruled, "default", "Fleet", wrong, dryRun="All")
-        except ApiException:
-            return True
-        return False
-
-    try:
-        apply_kinds(ruled, cel=False)
-        ruled.wait(lambda: not refused(), 60, "the server holds to no rule")
-        create(ruled, namespace, "Fleet", wrong)
-    finally:
-        apply_kinds(ruled, cel=True)
-    ruled.wait(refused, 60, "the server holds to the rules again")
-    where = path("fleets/status", namespace, "x", group=API)
-    told = ruled.rest.persist("PATCH", where, {"status": {"summary": "none"}}, content=MERGE)
-    assert told["status"]["summary"] == "none"

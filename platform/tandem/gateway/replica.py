@@ -33,9 +33,9 @@ from tandem.gateway.survival.registration import Registration
 log = logging.getLogger(__name__)
 
 _M_MMAP_THRESHOLD = -3
+"""malloc.h"""
 _PROBES = 64
 """Connections until one that shares its port with others counts as not reached."""
-"""malloc.h"""
 
 
 class ReplicaError(RuntimeError):
