@@ -10,8 +10,7 @@ import contextlib
 import json
 import random
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +33,29 @@ from kube.live_fleet import (
     uninstall,
     values,
 )
+from kube.live_looks import (
+    decode_pod_alone_on_its_node,
+    decode_pods,
+    described,
+    drain,
+    epochs,
+    group_of,
+    groups,
+    images,
+    phase,
+    platform_has,
+    reasons,
+    remembered,
+    replaced,
+    scaled,
+    settled,
+    started_anew,
+    uid,
+    until,
+    weights,
+)
 from support.helm import helm, template
-from tandem.core.types import FleetSnapshot, GroupSpec, GroupState, Role
-from tandem.fleet.control_client import ControlError
-from tandem.fleet.snapshot import GROUPS
-from tandem.state import StoreError, open_store
+from tandem.core.types import GroupSpec, Role
 
 pytestmark = pytest.mark.timeout(900)
 START_S = 240
@@ -92,33 +109,6 @@ def more_nodes(cluster: Cluster) -> Iterator[None]:
             cluster.kubelet.remove_node(name)
 
 
-def phase(fleet: LiveFleet) -> str:
-    return str(fleet.get("fleets", NAME).get("status", {}).get("phase", ""))
-
-
-def story(fleet: LiveFleet) -> str:
-    """What kubectl and the pods tell."""
-    told = [fleet.kubectl("get", "fleets,epp,epg,pods,events", "-o", "wide", check=False)]
-    return "\n".join([*told, fleet.cluster.kubelet.tails(fleet.namespace)])
-
-
-def until(fleet: LiveFleet, true: Callable[[], bool], within: float) -> None:
-    """Wait for it; if it does not come, tell what there is."""
-    try:
-        fleet.cluster.wait(true, within)
-    except AssertionError as error:
-        raise AssertionError(f"{error}\n{story(fleet)}") from None
-
-
-def settled(fleet: LiveFleet, prefill: int = 1, decode: int = 1, within: float = 150) -> None:
-    """Wait until each role has exactly so many groups, all ready."""
-    until(
-        fleet,
-        lambda: fleet.ready("prefill", prefill) and fleet.ready("decode", decode) and phase(fleet) == "Ready",
-        within,
-    )
-
-
 def test_a_fleet_that_helm_installed_answers_exactly_through_its_service(fleet: LiveFleet) -> None:
     # Taking the references compares greedy answers with the oracle's.
     assert fleet.references().recipes
@@ -132,17 +122,6 @@ def test_kubectl_tells_the_fleets_story(fleet: LiveFleet) -> None:
 def test_helm_test_gets_an_answer_through_the_service(fleet: LiveFleet) -> None:
     said = helm("test", "tandem", "--namespace", fleet.namespace, kubeconfig=fleet.cluster.kubeconfig)
     assert re.search(r"Phase:\s+Succeeded", said), said
-
-
-def scaled(fleet: LiveFleet, decode: int) -> None:
-    """Have so many decode groups; at once where that is so."""
-    fleet.kubectl("scale", "epp", f"{NAME}-decode", f"--replicas={decode}")
-    settled(fleet, decode=decode)
-
-
-def started_anew(fleet: LiveFleet, group: str, epoch: int) -> None:
-    """Wait until a group is beyond `epoch`. What was Ready before may be told as Ready for a while after."""
-    fleet.cluster.wait(lambda: fleet.epoch(group) > epoch, 150, f"{group} is beyond epoch {epoch}")
 
 
 def test_the_scale_subresource_tells_the_groups_and_selects_their_pods(fleet: LiveFleet) -> None:
@@ -184,50 +163,6 @@ def test_an_api_server_that_restarts_and_a_slow_etcd_change_nothing_for_clients(
         settled(fleet, decode=2)
 
 
-def uid(fleet: LiveFleet, pod: str) -> str:
-    """Of a pod; empty = it is not there."""
-    found = fleet.cluster.pod(pod, fleet.namespace)
-    return str(found["metadata"]["uid"]) if found is not None else ""
-
-
-def replaced(fleet: LiveFleet, pod: str) -> None:
-    """Delete a pod, and wait until another one of its name is ready."""
-    before = uid(fleet, pod)
-    fleet.kubectl("delete", "pod", pod, "--wait=false")
-    until(fleet, lambda: uid(fleet, pod) not in ("", before) and fleet.cluster.ready(pod, fleet.namespace), 90)
-
-
-def remembered(fleet: LiveFleet) -> set[str]:
-    """The groups that Redis has; an AssertionError when it does not answer."""
-    (pod,) = fleet.pods("component", "redis")
-
-    async def groups() -> set[str]:
-        store = await open_store(f"redis://{pod['status']['podIP']}:6379/0", fleet=NAME, folder=Path())
-        try:
-            return {entry.key.removeprefix(GROUPS) for entry in await store.list(GROUPS)}
-        finally:
-            await store.close()
-
-    try:
-        return asyncio.run(groups())
-    except StoreError as error:
-        raise AssertionError(str(error)) from error
-
-
-def epochs(fleet: LiveFleet) -> dict[str, int]:
-    """Of the groups that are ready, as the head says, by their ids; an AssertionError when it does not answer."""
-
-    async def ask() -> FleetSnapshot:
-        async with fleet.control() as control:
-            return await control.fleet()
-
-    try:
-        found = asyncio.run(ask())
-    except ControlError as error:
-        raise AssertionError(str(error)) from error
-    return {one.group: one.epoch for one in found.groups if one.state is GroupState.READY}
-
-
 def test_the_pods_of_redis_and_of_the_head_deleted_by_hand_cost_neither_a_request_nor_a_group(fleet: LiveFleet) -> None:
     scaled(fleet, decode=2)
     before = epochs(fleet)
@@ -243,25 +178,6 @@ def test_the_pods_of_redis_and_of_the_head_deleted_by_hand_cost_neither_a_reques
     assert epochs(fleet) == before
 
 
-def decode_pods(fleet: LiveFleet) -> list[dict[str, Any]]:
-    """Pods of decode groups that have a node and stay."""
-    mine = fleet.pods("role", "decode")
-    return [pod for pod in mine if pod["spec"].get("nodeName") and "deletionTimestamp" not in pod["metadata"]]
-
-
-def group_of(pod: dict[str, Any]) -> str:
-    """The name of the ExpertParallelGroup of an engine's pod."""
-    return f"{NAME}-{pod['metadata']['labels']['tandem.dev/group']}"
-
-
-def decode_pod_alone_on_its_node(fleet: LiveFleet) -> dict[str, Any]:
-    """A decode group's pod with nothing else of the fleet beside it: not the only gateway."""
-    on = Counter(pod["spec"].get("nodeName") for pod in fleet.cluster.kubelet.objects("pods", fleet.namespace))
-    alone = [pod for pod in decode_pods(fleet) if on[pod["spec"]["nodeName"]] == 1]
-    assert alone, f"each decode pod shares its node, so none can be lost without more: pods on nodes are {dict(on)}"
-    return alone[0]
-
-
 def test_a_lost_node_costs_no_request(fleet: LiveFleet) -> None:
     scaled(fleet, decode=2)
     pod = decode_pod_alone_on_its_node(fleet)
@@ -275,15 +191,6 @@ def test_a_lost_node_costs_no_request(fleet: LiveFleet) -> None:
             settled(fleet, decode=2)
         finally:
             fleet.cluster.kubelet.return_node(node)
-
-
-def drain(fleet: LiveFleet, node: str, within_s: int) -> str:
-    """`kubectl drain` of the decode pods of a node, which takes pods again afterwards; returns what kubectl said."""
-    flags = ("--ignore-daemonsets", "--delete-emptydir-data", "--force", "--pod-selector", "tandem.dev/role=decode")
-    try:
-        return fleet.kubectl("drain", node, *flags, f"--timeout={within_s}s", check=False)
-    finally:
-        fleet.kubectl("uncordon", node)
 
 
 def test_a_node_that_is_drained_moves_its_streams_first(fleet: LiveFleet) -> None:
@@ -405,21 +312,6 @@ def test_a_canary_that_answers_otherwise_is_taken_back_and_no_client_is_sent_to_
     settled(fleet)
 
 
-def platform_has(fleet: LiveFleet, image: str) -> bool:
-    """Whether the head's and all gateways' pods have that image, and are ready."""
-    pods = fleet.gateways() + fleet.pods("component", "head")
-    found = [pod["metadata"]["name"] for pod in pods if pod["spec"]["containers"][0]["image"] == image]
-    return len(found) == 3 and all(fleet.cluster.ready(name, fleet.namespace) for name in found)
-
-
-def images(fleet: LiveFleet) -> set[str]:
-    """Images of the groups that there are, once none of them is about to go or to come."""
-    found = [fleet.get("expertparallelgroups", name) for role in ("prefill", "decode") for name in fleet.groups(role)]
-    if len(found) != 2 or any(one.get("status", {}).get("phase") != "Ready" for one in found):
-        return set()
-    return {one["spec"]["template"]["image"]["name"] for one in found}
-
-
 def test_a_load_step_makes_decode_go_up_within_10_s_and_down_by_itself_without_a_lost_request(fleet: LiveFleet) -> None:
     policy = {"minGroups": 1, "maxGroups": 2, "itlSeconds": 0.001, "upCooldownSeconds": 1, "downCooldownSeconds": 10}
     planning = {"tickSeconds": 1, "fastWindowSeconds": 5, "slowWindowSeconds": 10}
@@ -443,10 +335,6 @@ def test_a_load_step_makes_decode_go_up_within_10_s_and_down_by_itself_without_a
         settled(fleet, decode=1)
     assert "decode: 1 group instead of 2" in described(fleet)
     fleet.upgrade(images=images)
-
-
-def described(fleet: LiveFleet) -> str:
-    return fleet.kubectl("describe", "epp", f"{NAME}-decode")
 
 
 def test_a_group_that_nobody_asked_kubernetes_for_is_drained(fleet: LiveFleet) -> None:
@@ -493,25 +381,6 @@ def test_an_image_that_cannot_be_pulled_stops_the_change_and_the_fleet_answers(f
         fleet.cluster.wait(lambda: taken_back("prefill") and taken_back("decode"), 120, "the change was taken back")
         fleet.upgrade(images={"engine": now})
         settled(fleet)
-
-
-def weights(fleet: LiveFleet) -> set[str]:
-    """Versions of the weights that the groups serve, once both roles have one group, ready."""
-    found = [fleet.get("expertparallelgroups", name) for role in ("prefill", "decode") for name in fleet.groups(role)]
-    if len(found) != 2 or any(one.get("status", {}).get("phase") != "Ready" for one in found):
-        return set()
-    return {one["status"].get("weightVersion", "") for one in found}
-
-
-def groups(fleet: LiveFleet) -> set[str]:
-    """Of both roles."""
-    return {name for role in ("prefill", "decode") for name in fleet.groups(role)}
-
-
-def reasons(fleet: LiveFleet) -> set[str]:
-    """Of all conditions of both pools."""
-    pools = [fleet.get("expertparallelpools", f"{NAME}-{role}") for role in ("prefill", "decode")]
-    return {one["reason"] for pool in pools for one in pool.get("status", {}).get("conditions", [])}
 
 
 def test_other_weights_roll_group_by_group_and_those_that_are_not_there_change_nothing(

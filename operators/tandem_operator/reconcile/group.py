@@ -38,6 +38,7 @@ from tandem_operator.reconcile.guest import check_move, is_guest
 from tandem_operator.render.config import SpecError, fleet_spec
 from tandem_operator.render.group import group_children
 from tandem_operator.revision import weights_of
+from tandem_operator.stored import stored_spec
 
 _AGAIN_S = 2.0
 _ABSENT_S = 5.0
@@ -62,7 +63,7 @@ async def reconcile_group(ctx: Context, key: Key) -> float | None:
         ctx.absent.pop(key, None)
         ctx.checks.forget({one["metadata"]["uid"] for one in ctx.cache.all(EP_GROUP)})
         return None
-    spec = GroupSpec.model_validate(group["spec"])
+    spec = stored_spec(GroupSpec, group["spec"])
     if leaving(group):
         return await _leave(ctx, key, group, spec)
     fleet = ctx.fleet_of(group)

@@ -49,6 +49,7 @@ from tandem_operator.reconcile.weights import why_not
 from tandem_operator.render.config import SpecError, fleet_spec
 from tandem_operator.render.pool import group_object, group_spec, pool_budget
 from tandem_operator.revision import kv_format_of, revision_of, weights_in, weights_name, weights_of
+from tandem_operator.stored import stored_spec
 
 _AGAIN_S = 2.0
 _SLOWLY_S = 10.0
@@ -122,7 +123,7 @@ def _read(ctx: Context, namespace: str, fleet: str, role: Role) -> _Pool | None:
     obj = ctx.cache.get(key)
     if obj is None or leaving(obj):
         return None
-    spec = PoolSpec.model_validate(obj["spec"])
+    spec = stored_spec(PoolSpec, obj["spec"])
     revision = revision_of(spec.template, spec.nodes, spec.gpus_per_node)
     kv_format = kv_format_of(spec.template)
     groups = ctx.cache.all(EP_GROUP, namespace, {FLEET_LABEL: fleet, POOL_LABEL: key.name})
@@ -219,10 +220,10 @@ def _template(pool: _Pool, revision: str, known: Remembered) -> tuple[PoolSpec, 
     if revision == pool.revision:
         return pool.spec, pool.kv_format
     if (kept := known.revisions.get(revision)) is not None:
-        return PoolSpec.model_validate(kept.spec), kept.kv_format
+        return stored_spec(PoolSpec, kept.spec), kept.kv_format
     for group in pool.groups:
         if group["spec"]["revision"] == revision:
-            spec = GroupSpec.model_validate(group["spec"])
+            spec = stored_spec(GroupSpec, group["spec"])
             same = {"nodes": spec.nodes, "gpus_per_node": spec.gpus_per_node, "template": spec.template}
             return pool.spec.model_copy(update=same), spec.template.kv_format
     return None

@@ -40,6 +40,7 @@ from tandem_operator.reconcile.context import Context, rfc3339
 from tandem_operator.reconcile.planning_memory import PlanningMemory
 from tandem_operator.render.config import SpecError, fleet_spec
 from tandem_operator.render.policy import plan_policy
+from tandem_operator.stored import stored_spec
 
 _log = logging.getLogger(__name__)
 _TELL_S = 15.0
@@ -138,7 +139,7 @@ class FleetPlanner:
         if any(pool is None for pool in pools.values()):
             return spec.planning.tick_s
         found = {role: pool for role, pool in pools.items() if pool is not None}
-        specs = {role: PoolSpec.model_validate(pool["spec"]) for role, pool in found.items()}
+        specs = {role: stored_spec(PoolSpec, pool["spec"]) for role, pool in found.items()}
         policy = plan_policy(spec, specs[Role.PREFILL], specs[Role.DECODE])
         observation = self._observe(policy, specs, link, now)
         if self._state is None:
