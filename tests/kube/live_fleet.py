@@ -186,10 +186,10 @@ class LiveFleet:
         return self._references
 
     @contextlib.contextmanager
-    def traffic(self, clients: int = 2) -> Iterator[Background]:
+    def traffic(self, clients: int = 2, pause_s: float = _PAUSE_S) -> Iterator[Background]:
         """Clients that ask one thing after the other meanwhile; in the end each answer must be whole and right, and
         have been given at the first try."""
-        with self._asked(self.references(), self.references().fault, clients) as background:
+        with self._asked(self.references(), self.references().fault, clients, pause_s) as background:
             yield background
 
     @contextlib.contextmanager
@@ -207,12 +207,14 @@ class LiveFleet:
             right = expected[one.version].answer(asked["prompt"], asked["max_tokens"])
             return "" if one.tokens == right else f"other tokens than those of version {one.version}"
 
-        with self._asked(References(greedy, {}), fault, clients) as background:
+        with self._asked(References(greedy, {}), fault, clients, _PAUSE_S) as background:
             yield background
 
     @contextlib.contextmanager
-    def _asked(self, references: References, fault: Callable[[Outcome], str], clients: int) -> Iterator[Background]:
-        background = Background(self.url, references, clients)
+    def _asked(
+        self, references: References, fault: Callable[[Outcome], str], clients: int, pause_s: float
+    ) -> Iterator[Background]:
+        background = Background(self.url, references, clients, pause_s)
         try:
             yield background
             background.progress(20)
@@ -230,15 +232,15 @@ class LiveFleet:
 class Background:
     """Traffic on a thread of its own, which is where the caller's thread is: in the cluster's network."""
 
-    def __init__(self, base: str, references: References, clients: int) -> None:
+    def __init__(self, base: str, references: References, clients: int, pause_s: float) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="traffic", daemon=True)
         self._thread.start()
-        self._traffic = self._call(self._start(base, references, clients))
+        self._traffic = self._call(self._start(base, references, clients, pause_s))
 
-    async def _start(self, base: str, references: References, clients: int) -> Traffic:
+    async def _start(self, base: str, references: References, clients: int, pause_s: float) -> Traffic:
         traffic = Traffic({False: base}, MODEL, references, random.Random(5))
-        traffic.start(clients, _PAUSE_S)
+        traffic.start(clients, pause_s)
         return traffic
 
     @property

@@ -232,57 +232,6 @@ def test_the_node_of_the_last_decode_group_cannot_be_drained(fleet: LiveFleet) -
     assert [one["metadata"]["uid"] for one in decode_pods(fleet)] == [pod["metadata"]["uid"]]
 
 
-TWO_PODS = {"nodes": 2}
-"""What decode has from the change of both pools on, until the fleet sleeps."""
-
-
-def test_a_rolling_change_of_both_pools_loses_no_request(fleet: LiveFleet) -> None:
-    scaled(fleet, decode=1)
-    # Head and gateways have the engines' image where they have none of their own: they are replaced as well, gateways
-    # one at a time.
-    with fleet.traffic() as traffic:
-        fleet.upgrade(images={"engine": {"name": NEXT_IMAGE}}, decode=TWO_PODS)
-        fleet.cluster.wait(lambda: images(fleet) == {NEXT_IMAGE}, 240, "both pools have the new image")
-        fleet.cluster.wait(lambda: platform_has(fleet, NEXT_IMAGE), 240, "head and gateways have the new image")
-        traffic.progress(50)
-        settled(fleet)
-
-
-def test_a_pod_deleted_by_hand_moves_the_streams_of_its_whole_group_which_comes_back(fleet: LiveFleet) -> None:
-    scaled(fleet, decode=2)  # groups of two pods since the change above
-    group = min(fleet.groups("decode"))
-    epoch, moves, rest = fleet.epoch(group), fleet.migrations(), uid(fleet, f"{group}-0")
-    with fleet.traffic() as traffic:
-        fleet.kubectl("delete", "pod", f"{group}-1", "--wait=false")
-        traffic.progress(100)
-        started_anew(fleet, group, epoch)
-        settled(fleet, decode=2)
-    status = fleet.get("expertparallelgroups", group)["status"]
-    assert (status["readyRanks"], {one["pod"] for one in status["ranks"]}) == ("2/2", {f"{group}-0", f"{group}-1"})
-    assert uid(fleet, f"{group}-0") == rest  # its pod stays, only its engine starts anew
-    assert {why for why, count in fleet.migrations().items() if count > moves[why]} <= {"moved"}
-
-
-def test_a_fleet_that_nobody_asks_goes_to_no_pod_and_the_next_request_waits_for_one(fleet: LiveFleet) -> None:
-    policy = {"minGroups": 0, "maxGroups": 1, "idleSeconds": 1, "downCooldownSeconds": 1}
-    planning = {"tickSeconds": 1, "fastWindowSeconds": 5, "slowWindowSeconds": 10}
-    images = {"engine": {"name": NEXT_IMAGE}}
-    asleep = {"autoscaling": policy}
-    refused = fleet.kubectl("get", "events").count("StillNeeded")
-    scaled(fleet, decode=1)
-    fleet.upgrade(images=images, planning=planning, prefill=asleep, decode={**TWO_PODS, **asleep})
-    pods = ("get", "pods", "-l", "tandem.dev/group", "-o", "name")
-    fleet.cluster.wait(lambda: fleet.kubectl(*pods) == "", 120, "the engines' pods are gone")
-    assert "decode: 0 groups instead of 1: nobody has asked anything for" in described(fleet)
-    fleet.upgrade(images=images, planning=planning, prefill=asleep, decode=asleep)  # of one pod again
-    with fleet.traffic(clients=1) as traffic:
-        traffic.progress(20)
-        assert "decode: 1 group instead of 0: requests wait and there is no group" in described(fleet)
-        fleet.upgrade(images=images)
-        settled(fleet)
-    assert fleet.kubectl("get", "events").count("StillNeeded") == refused
-
-
 OTHERWISE = ("--json-model-override-args", '{"routed_scaling_factor": 5.0}')
 """An engine with these is ready like any other, and answers otherwise."""
 
@@ -315,17 +264,20 @@ def test_a_canary_that_answers_otherwise_is_taken_back_and_no_client_is_sent_to_
 def test_a_load_step_makes_decode_go_up_within_10_s_and_down_by_itself_without_a_lost_request(fleet: LiveFleet) -> None:
     policy = {"minGroups": 1, "maxGroups": 2, "itlSeconds": 0.001, "upCooldownSeconds": 1, "downCooldownSeconds": 10}
     planning = {"tickSeconds": 1, "fastWindowSeconds": 5, "slowWindowSeconds": 10}
-    images = {"engine": {"name": NEXT_IMAGE}}
 
     def wanted() -> int:
         return int(fleet.get("expertparallelpools", f"{NAME}-decode")["spec"]["replicas"])
 
+    def scaling() -> dict[str, Any] | None:
+        found: dict[str, Any] | None = fleet.get("expertparallelpools", f"{NAME}-decode")["status"].get("scaling")
+        return found
+
     scaled(fleet, decode=1)
-    with fleet.traffic(clients=1):  # one request on one group: another group would not help, whatever the aim
-        fleet.upgrade(images=images, decode={"autoscaling": policy}, planning=planning)
-        until(
-            fleet, lambda: re.search("aim 1 ms, but with [01] requests? on 1 group", described(fleet)) is not None, 60
-        )
+    # One client that asks now and then: one group bears it, also by what is learned of late tokens.
+    with fleet.traffic(clients=1, pause_s=12) as traffic:
+        fleet.upgrade(decode={"autoscaling": policy}, planning=planning)
+        until(fleet, lambda: scaling() is not None, 60)
+        traffic.progress(1)
         with fleet.traffic(clients=4) as step:
             step.progress(40)
             fleet.cluster.wait(lambda: wanted() == 2, 10, "a second group, so long after tokens came too late")
@@ -334,7 +286,7 @@ def test_a_load_step_makes_decode_go_up_within_10_s_and_down_by_itself_without_a
             assert re.search(r"decode: 2 groups instead of 1: (time between tokens|.* a group bears)", described(fleet))
         settled(fleet, decode=1)
     assert "decode: 1 group instead of 2" in described(fleet)
-    fleet.upgrade(images=images)
+    fleet.upgrade()
 
 
 def test_a_group_that_nobody_asked_kubernetes_for_is_drained(fleet: LiveFleet) -> None:
@@ -383,9 +335,41 @@ def test_an_image_that_cannot_be_pulled_stops_the_change_and_the_fleet_answers(f
         settled(fleet)
 
 
+TWO_PODS = {"nodes": 2}
+"""What decode has from the change of both pools to that of the weights."""
+
+
+def test_a_rolling_change_of_both_pools_loses_no_request(fleet: LiveFleet) -> None:
+    scaled(fleet, decode=1)
+    # Head and gateways have the engines' image where they have none of their own: they are replaced as well, gateways
+    # one at a time.
+    with fleet.traffic() as traffic:
+        fleet.upgrade(images={"engine": {"name": NEXT_IMAGE}}, decode=TWO_PODS)
+        fleet.cluster.wait(lambda: images(fleet) == {NEXT_IMAGE}, 240, "both pools have the new image")
+        fleet.cluster.wait(lambda: platform_has(fleet, NEXT_IMAGE), 240, "head and gateways have the new image")
+        traffic.progress(50)
+        settled(fleet)
+
+
+def test_a_pod_deleted_by_hand_moves_the_streams_of_its_whole_group_which_comes_back(fleet: LiveFleet) -> None:
+    scaled(fleet, decode=2)  # groups of two pods since the change above
+    group = min(fleet.groups("decode"))
+    epoch, moves, rest = fleet.epoch(group), fleet.migrations(), uid(fleet, f"{group}-0")
+    with fleet.traffic() as traffic:
+        fleet.kubectl("delete", "pod", f"{group}-1", "--wait=false")
+        traffic.progress(100)
+        started_anew(fleet, group, epoch)
+        settled(fleet, decode=2)
+    status = fleet.get("expertparallelgroups", group)["status"]
+    assert (status["readyRanks"], {one["pod"] for one in status["ranks"]}) == ("2/2", {f"{group}-0", f"{group}-1"})
+    assert uid(fleet, f"{group}-0") == rest  # its pod stays, only its engine starts anew
+    assert {why for why, count in fleet.migrations().items() if count > moves[why]} <= {"moved"}
+
+
 def test_other_weights_roll_group_by_group_and_those_that_are_not_there_change_nothing(
     fleet: LiveFleet, models: Path
 ) -> None:
+    scaled(fleet, decode=1)
     now = {"engine": fleet.get("fleets", NAME)["spec"]["images"]["engine"]}
     gateways = {pod["metadata"]["uid"] for pod in fleet.gateways()}
     (first,) = weights(fleet)
