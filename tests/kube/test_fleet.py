@@ -268,15 +268,15 @@ def test_a_load_step_makes_decode_go_up_within_10_s_and_down_by_itself_without_a
     def wanted() -> int:
         return int(fleet.get("expertparallelpools", f"{NAME}-decode")["spec"]["replicas"])
 
-    def scaling() -> dict[str, Any] | None:
-        found: dict[str, Any] | None = fleet.get("expertparallelpools", f"{NAME}-decode")["status"].get("scaling")
-        return found
+    def planned() -> bool:
+        scaling = fleet.get("expertparallelpools", f"{NAME}-decode")["status"].get("scaling", {})
+        return bool(scaling.get("wanted") == 1)
 
     scaled(fleet, decode=1)
     # One client that asks now and then: one group bears it, also by what is learned of late tokens.
     with fleet.traffic(clients=1, pause_s=12) as traffic:
         fleet.upgrade(decode={"autoscaling": policy}, planning=planning)
-        until(fleet, lambda: scaling() is not None, 60)
+        until(fleet, planned, 60)
         traffic.progress(1)
         with fleet.traffic(clients=4) as step:
             step.progress(40)
