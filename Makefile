@@ -29,8 +29,8 @@ status: install
 	$(BIN)/tandem status
 
 # The unit tests two at a time. Those that mostly wait two files at a time: on Kubernetes, each on a control plane in a
-# network of its own, and those with stand-ins for engines. The others share fleets, and the machine.
-IN_PAIRS := tests/fleet tests/hostile
+# network of its own, and those of a fleet with stand-ins for engines. The others share fleets, or look at times.
+IN_PAIRS := tests/fleet
 
 test: unit sdk-venv
 	$(BIN)/python -m pytest tests/kube -n 2 --dist loadfile --durations=15
