@@ -33,7 +33,7 @@ def until(fleet: LiveFleet, true: Callable[[], bool], within: float) -> None:
         raise AssertionError(f"{error}\n{story(fleet)}") from None
 
 
-def settled(fleet: LiveFleet, prefill: int = 1, decode: int = 1, within: float = 150) -> None:
+def settled(fleet: LiveFleet, prefill: int = 1, decode: int = 1, within: float = 300) -> None:
     """Wait until each role has exactly so many groups, all ready."""
     until(
         fleet,
@@ -50,7 +50,7 @@ def scaled(fleet: LiveFleet, decode: int) -> None:
 
 def started_anew(fleet: LiveFleet, group: str, epoch: int) -> None:
     """Wait until a group is beyond `epoch`. What was Ready before may be told as Ready for a while after."""
-    fleet.cluster.wait(lambda: fleet.epoch(group) > epoch, 150, f"{group} is beyond epoch {epoch}")
+    fleet.cluster.wait(lambda: fleet.epoch(group) > epoch, 300, f"{group} is beyond epoch {epoch}")
 
 
 def uid(fleet: LiveFleet, pod: str) -> str:

@@ -345,7 +345,7 @@ def test_a_rolling_change_of_both_pools_loses_no_request(fleet: LiveFleet) -> No
     # one at a time.
     with fleet.traffic() as traffic:
         fleet.upgrade(images={"engine": {"name": NEXT_IMAGE}}, decode=TWO_PODS)
-        fleet.cluster.wait(lambda: images(fleet) == {NEXT_IMAGE}, 240, "both pools have the new image")
+        fleet.cluster.wait(lambda: images(fleet) == {NEXT_IMAGE}, 400, "both pools have the new image")
         fleet.cluster.wait(lambda: platform_has(fleet, NEXT_IMAGE), 240, "head and gateways have the new image")
         traffic.progress(50)
         settled(fleet)
@@ -376,7 +376,7 @@ def test_other_weights_roll_group_by_group_and_those_that_are_not_there_change_n
     assert first.startswith(f"{MODEL}-")  # nobody has named it
     with fleet.traffic_of({first: models / MODEL, "second": models / "other"}) as traffic:
         fleet.upgrade(images=now, model=served(models, "other", version="second"))
-        until(fleet, lambda: weights(fleet) == {"second"}, 240)
+        until(fleet, lambda: weights(fleet) == {"second"}, 400)
         traffic.progress(50)
         before = groups(fleet)
         fleet.upgrade(images=now, model=served(models, "missing"))
