@@ -84,16 +84,6 @@ RECIPES: Sequence[Recipe] = (
     _completion("logprobs", 35, 70, oracle=True, logprobs=3),
     _chat("chat with logprobs", "What is the sea?", 60, thinking_budget=15, logprobs=True, top_logprobs=2),
     _chat(
-        "tool call",
-        "Is it warm in Rome?",
-        90,
-        ignore_eos=False,
-        thinking_budget=10,
-        tools=[{"type": "function", "function": {"name": "weather", "parameters": _SCHEMA}}],
-        tool_choice="required",
-        parallel_tool_calls=False,
-    ),
-    _chat(
         "schema",
         "Tell me about Rome.",
         90,
