@@ -54,7 +54,7 @@ async def play(
             stack.callback(_keep, stage, keep)
         show(f"{scenario.name}: taking references")
         expected = Expected(stage.model, cache)
-        references = await take_references(stage.fleet.base, stage.fleet.status_model, expected, scenario.recipes)
+        references = await take_references(stage.fleet.base, stage.fleet.status_model, expected)
         play_ = _Play(scenario, stage, references, seed, show)
         wrong = await play_.run(count, until)
         found, ports = stage.fleet.processes(), stage.fleet.listening()

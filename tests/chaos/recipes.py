@@ -84,6 +84,16 @@ RECIPES: Sequence[Recipe] = (
     _completion("logprobs", 35, 70, oracle=True, logprobs=3),
     _chat("chat with logprobs", "What is the sea?", 60, thinking_budget=15, logprobs=True, top_logprobs=2),
     _chat(
+        "tool call",
+        "Is it warm in Rome?",
+        90,
+        ignore_eos=False,
+        thinking_budget=10,
+        tools=[{"type": "function", "function": {"name": "weather", "parameters": _SCHEMA}}],
+        tool_choice="required",
+        parallel_tool_calls=False,
+    ),
+    _chat(
         "schema",
         "Tell me about Rome.",
         90,
@@ -92,19 +102,6 @@ RECIPES: Sequence[Recipe] = (
         response_format={"type": "json_schema", "json_schema": {"name": "report", "schema": _SCHEMA, "strict": True}},
     ),
 )
-
-TOOL_CALL = _chat(
-    "tool call",
-    "Is it warm in Rome?",
-    90,
-    ignore_eos=False,
-    thinking_budget=10,
-    tools=[{"type": "function", "function": {"name": "weather", "parameters": _SCHEMA}}],
-    tool_choice="required",
-    parallel_tool_calls=False,
-)
-"""Once in 180 requests of the slice it had other tokens after a fault. Why is not known yet, so only long runs ask it,
-where it counts as wrong."""
 
 
 def stopping(recipe: Recipe, text: str) -> Recipe | None:

@@ -30,7 +30,6 @@ from chaos.faults import (
     Signal,
     WireHow,
 )
-from chaos.recipes import RECIPES, TOOL_CALL, Recipe
 from chaos.side_gateway import fake_time
 from chaos.stage import Shape, spare
 from tandem.core.types import Role
@@ -60,7 +59,6 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
     checks: tuple[str, ...] = ALL_CHECKS
     share: float = 0.0
     """Of the faults of a long run."""
-    recipes: tuple[Recipe, ...] = (*RECIPES, TOOL_CALL)
 
     def draw(self, count: int, rng: random.Random) -> list[Fault]:
         """`count` faults, each as often as the others, in an order of chance."""
@@ -197,7 +195,6 @@ SCENARIOS: Sequence[Scenario] = (
 
 SLICE = Scenario(
     name="slice",
-    recipes=tuple(RECIPES),
     shape=Shape(name="chaos-slice", further=_MIXED, redis=_HAS_REDIS),
     overlap=True,
     clients=2,

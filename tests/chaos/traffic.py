@@ -87,14 +87,14 @@ def _first_difference(got: Sequence[Any], right: Sequence[Any]) -> str:
     return f"at {place} of {len(right)} (got {len(got)}): {got[place:end]!r} instead of {right[place:end]!r}"
 
 
-async def take_references(base: str, model: str, expected: Expected, asked: Sequence[Recipe] = RECIPES) -> References:
+async def take_references(base: str, model: str, expected: Expected) -> References:
     """Ask everything at once, and again; both must agree, with the oracle too where there is one.
 
     Raises WrongReference.
     """
     pool = Pool()
     try:
-        recipes = list(asked)
+        recipes = list(RECIPES)
         first = await asyncio.gather(*(_asked(pool, base, model, recipe) for recipe in recipes))
         stops = [stopping(recipe, outcome.text) for recipe, outcome in zip(recipes[2:4], first[2:4], strict=True)]
         recipes += [recipe for recipe in stops if recipe is not None]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from tandem.engine.plugin import budget
 from tandem.engine.plugin.resume import ResumeError, resumed_tokens
 
 
@@ -39,7 +40,10 @@ def read(request: Any, tokens: list[int]) -> None:
     grammar = request.grammar
     if grammar is None or request.to_finish is not None:
         return
+    masked = budget.places(request, tokens)
     for place, token in enumerate(tokens):
+        if place in masked:
+            budget.fill(grammar)
         if grammar.is_terminated():
             _refuse(request, f"goes on behind the end of its grammar, from token {place} of {len(tokens)}")
             return
@@ -53,6 +57,20 @@ def read(request: Any, tokens: list[int]) -> None:
         return
     # To the decode side, a current token means that the one from prefill has been read too.
     grammar.current_token = None
+
+
+def before_prefills_token(batch: Any, *_: Any, **__: Any) -> None:
+    """Before `ScheduleBatch.process_prebuilt`, where decode's grammar reads the token that prefill has sampled."""
+    for request in batch.reqs:
+        grammar = request.grammar
+        if grammar is None or grammar.current_token is not None or grammar.is_terminated():
+            continue
+        try:
+            said = resumed_tokens(request)
+        except ResumeError:
+            continue  # it is refused already
+        if len(said) in budget.places(request, said):
+            budget.fill(grammar)
 
 
 def _refuse(request: Any, why: str) -> None:

@@ -49,6 +49,11 @@ def everywhere() -> tuple[Hook, ...]:
         ),
         Hook(f"{grammar}.process_req_with_grammar", grammars.read_at_once, "around"),
         Hook(f"{grammar}.get_ready_grammar_requests", grammars.read_when_compiled, "after"),
+        Hook(
+            f"{disaggregation}.decode_schedule_batch_mixin.ScheduleBatchDisaggregationDecodeMixin.process_prebuilt",
+            grammars.before_prefills_token,
+            "before",
+        ),
         Hook(f"{tokenizer}.abort_request", reap.abort_by_prefix, "around"),
         Hook(f"{tokenizer}.auto_create_handle_loop", progress.serving, "after"),
         Hook(f"{scheduler}.ingest_requests", progress.turn, "before"),
