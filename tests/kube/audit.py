@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +28,22 @@ class Right(NamedTuple):
         return f"{self.verb} {self.resource}{'.' if self.group else ''}{self.group}"
 
 
-def requests(log: Path, account: str, namespace: str) -> Iterator[tuple[Right, int]]:
-    """What a service account asked for, and the HTTP status of each answer."""
+class Request(NamedTuple):
+    """What somebody asked for."""
+
+    right: Right
+    namespace: str
+    """Empty: of the whole cluster."""
+    name: str
+    status: int
+    """Of the answer, as HTTP has it."""
+
+    def __str__(self) -> str:
+        return f"{self.right} {self.namespace}/{self.name}: {self.status}"
+
+
+def requests(log: Path, account: str, namespace: str) -> Iterator[Request]:
+    """What a service account asked for."""
     user = f"system:serviceaccount:{namespace}:{account}"
     for line in log.read_text().splitlines():
         if user not in line:
@@ -40,13 +54,42 @@ def requests(log: Path, account: str, namespace: str) -> Iterator[tuple[Right, i
             continue  # others', and questions about which kinds there are
         inner = f"/{reference['subresource']}" if reference.get("subresource") else ""
         right = Right(reference.get("apiGroup", ""), reference["resource"] + inner, event["verb"])
-        answer = event.get("responseStatus", {})
-        if "because it is being terminated" in answer.get("message", ""):
-            continue  # nobody may make anything in a namespace that goes, such as that of the test before
-        status = int(answer.get("code", 0))
-        yield right, status
+        status = int(event.get("responseStatus", {}).get("code", 0))
+        request = Request(right, reference.get("namespace", ""), reference.get("name", ""), status)
+        yield request
         if right.verb == "patch" and status == 201:  # to apply what is not there yet needs both rights
-            yield right._replace(verb="create"), status
+            yield request._replace(right=right._replace(verb="create"))
+
+
+def roles_of(made: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The roles that a release of the chart binds to its operator's account."""
+    bound = [one["roleRef"] for one in made if one["kind"] in ("RoleBinding", "ClusterRoleBinding")]
+    names = {(one["kind"], one["name"]) for one in bound}
+    return [one for one in made if (one["kind"], one["metadata"]["name"]) in names]
+
+
+def lacking(asked: Iterable[Request], roles: Iterable[dict[str, Any]]) -> list[str]:
+    """What was refused, and no role grants it.
+
+    A right that is granted is refused for other reasons: by an API server that has just started and does not know its
+    roles yet, and where something is to be made in a namespace that is being deleted.
+    """
+    known = list(roles)
+    refused = {one for one in asked if one.status in (401, 403)}
+    return sorted(str(one) for one in refused if not any(_grants(role, one) for role in known))
+
+
+def _grants(role: dict[str, Any], request: Request) -> bool:
+    if role["kind"] == "Role" and role["metadata"]["namespace"] != request.namespace:
+        return False
+    right = request.right
+    return any(
+        right.group in rule["apiGroups"]
+        and right.resource in rule["resources"]
+        and right.verb in rule["verbs"]
+        and ("resourceNames" not in rule or request.name in rule["resourceNames"])
+        for rule in role["rules"]
+    )
 
 
 def granted(roles: list[dict[str, Any]]) -> set[Right]:

@@ -79,9 +79,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Add pods' logs to the report of a failed test."""
+    """Add the logs of pods, and of the controllers that act for Kubernetes, to the report of a failed test."""
     report = yield
     cluster = getattr(item, "funcargs", {}).get("cluster")
     if report.failed and report.when == "call" and _NAMESPACE in item.stash and cluster is not None:
         report.sections.append(("pods", cluster.kubelet.tails(item.stash[_NAMESPACE])))
+        report.sections.append(("controllers", cluster.control_plane.log("kube-controller-manager")))
     return report

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from kube import operator_deaths
-from kube.audit import granted, requests
+from kube.audit import granted, lacking, requests, roles_of
 from kube.cluster import Cluster
 from kube.conftest import RACK
 from kube.control_plane import budget_api
@@ -391,11 +391,10 @@ def test_other_weights_roll_group_by_group_and_those_that_are_not_there_change_n
 
 def test_the_operator_was_refused_nothing_and_has_used_each_of_its_rights(fleet: LiveFleet) -> None:
     # In all tests above. `test_rights.py` takes each of them away.
-    made = template(values=values())
-    roles = [one for one in made if one["kind"] == "Role" and one["metadata"]["name"].startswith(OPERATOR_ACCOUNT)]
+    roles = roles_of(template(values=values(), namespace=fleet.namespace))
     asked = list(requests(fleet.cluster.control_plane.audit_log, OPERATOR_ACCOUNT, fleet.namespace))
-    assert {str(right) for right, status in asked if status == 403} == set()
-    used = {right for right, status in asked if status not in (401, 403)}
+    assert lacking(asked, roles) == []
+    used = {one.right for one in asked if one.status not in (401, 403)}
     assert {str(right) for right in granted(roles) - used} == set()
 
 
