@@ -16,6 +16,11 @@ DECISIONS = Counter(
 )
 WANTED = Gauge("tandem_operator_pool_groups_wanted", "Groups that planning wants.", ("namespace", "fleet", "role"))
 READY = Gauge("tandem_operator_pool_groups_ready", "Groups that are ready.", ("namespace", "fleet", "role"))
+STOPPED = Gauge(
+    "tandem_operator_pool_change_stopped",
+    "1 while the last change of a pool is stopped or was taken back, else 0.",
+    ("namespace", "fleet", "role"),
+)
 ATTAINMENT = Gauge(
     "tandem_operator_slo_attainment",
     "Share of requests that kept both aims over the slow window, 0 to 1.",

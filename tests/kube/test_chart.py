@@ -359,7 +359,8 @@ def test_monitors_and_dashboards_are_made_where_prometheus_operator_is() -> None
     assert len(kind(template(values=FLEET, apis=PROMETHEUS), "PodMonitor", "PrometheusRule")) == 3
     dashboards = only(template(apis=PROMETHEUS), "ConfigMap")
     assert dashboards["metadata"]["labels"]["grafana_dashboard"] == "1"
-    assert json.loads(dashboards["data"]["gateway.json"])["panels"]
+    assert dashboards["data"].keys() == {"gateway.json", "fleets.json"}
+    assert all(json.loads(text)["panels"] for text in dashboards["data"].values())
 
 
 def test_nothing_of_it_is_made_elsewhere_unless_it_is_asked_for() -> None:

@@ -1,4 +1,4 @@
-"""Every expression of the Grafana dashboard asks for metrics and labels that exist."""
+"""Every expression of the Grafana dashboards asks for metrics and labels that exist."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from typing import Any, NamedTuple
 
 import pytest
 from prometheus_client import Counter, Gauge
+from prometheus_client import Histogram as PrometheusHistogram
 
 from tandem.engine.cpu import counters
 from tandem.gateway.observe.metric_types import Histogram
 from tandem.gateway.observe.metrics import Metrics
+from tandem_operator import metrics as operator
 
-DASHBOARD = Path(__file__).parents[2] / "helm" / "tandem" / "dashboards" / "gateway.json"
+DASHBOARDS = Path(__file__).parents[2] / "helm" / "tandem" / "dashboards"
+GATEWAY, FLEETS = DASHBOARDS / "gateway.json", DASHBOARDS / "fleets.json"
 TARGET_LABELS = {"instance", "job"}
 """What Prometheus adds to everything that it scrapes."""
-FUNCTIONS = {"histogram_quantile", "sum", "rate", "max", "count"}
+FUNCTIONS = {"histogram_quantile", "sum", "rate", "max", "min", "count"}
 WORDS = {"by", "and", "on"}
 
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
@@ -63,10 +66,16 @@ def offered() -> dict[str, set[str]]:
     """The names of all samples that there can be, and their labels."""
     metrics = Metrics()
     found: dict[str, set[str]] = {}
-    for collector in [*vars(metrics).values(), *vars(counters).values()]:
+    for collector in [*vars(metrics).values(), *vars(counters).values(), *vars(operator).values()]:
         if isinstance(collector, Histogram):
             for suffix in ("bucket", "sum", "count"):
                 found[f"{collector.name}_{suffix}"] = {*collector._labels, *(["le"] if suffix == "bucket" else [])}
+        elif isinstance(collector, PrometheusHistogram):
+            for suffix in ("bucket", "sum", "count"):
+                found[f"{collector._name}_{suffix}"] = {
+                    *collector._labelnames,
+                    *(["le"] if suffix == "bucket" else []),
+                }
         elif isinstance(collector, Counter):
             found[f"{collector._name}_total"] = set(collector._labelnames)
         elif isinstance(collector, Gauge):
@@ -80,15 +89,16 @@ def offered() -> dict[str, set[str]]:
 OFFERED = offered()
 
 
-def panels() -> Iterator[dict[str, Any]]:
-    yield from json.loads(DASHBOARD.read_text())["panels"]
+def panels(board: Path) -> Iterator[dict[str, Any]]:
+    yield from json.loads(board.read_text())["panels"]
 
 
-def targets() -> list[tuple[str, str, str]]:
+def targets(*boards: Path) -> list[tuple[str, str, str]]:
     """(panel, expression, legend)"""
     return [
         (panel["title"], target["expr"], target["legendFormat"])
-        for panel in panels()
+        for board in boards
+        for panel in panels(board)
         for target in panel.get("targets", ())
     ]
 
@@ -103,12 +113,12 @@ def faults(expression: str, legend: str = "") -> list[str]:
         found += [f"{metric} has no {label}" for label in wants.matched.get(metric, set()) - labels]
         found += [f"{metric} has no {label}" for label in wants.grouped - labels]
     shown = set(re.findall(r"\{\{(\w+)\}\}", legend))
-    kept = wants.grouped if "sum" in wants.functions or "max" in wants.functions or wants.grouped else TARGET_LABELS
+    kept = wants.grouped if wants.functions & {"sum", "max", "min"} or wants.grouped else TARGET_LABELS
     found += [f"the legend shows {label}, which is not grouped by" for label in shown - kept]
     return found
 
 
-@pytest.mark.parametrize(("panel", "expression", "legend"), targets())
+@pytest.mark.parametrize(("panel", "expression", "legend"), targets(GATEWAY, FLEETS))
 def test_every_expression_asks_for_what_exists(panel: str, expression: str, legend: str) -> None:
     assert faults(expression, legend) == []
 
@@ -129,8 +139,9 @@ def test_an_expression_that_asks_for_more_is_found(expression: str, legend: str,
     assert fault in faults(expression, legend)
 
 
-def test_variables_ask_for_labels_that_exist() -> None:
-    variables = json.loads(DASHBOARD.read_text())["templating"]["list"]
+@pytest.mark.parametrize("board", [GATEWAY, FLEETS], ids=["gateway", "fleets"])
+def test_variables_ask_for_labels_that_exist(board: Path) -> None:
+    variables = json.loads(board.read_text())["templating"]["list"]
     queries = [one["query"]["query"] for one in variables if one["type"] == "query"]
     assert queries
     for query in queries:
@@ -139,19 +150,28 @@ def test_variables_ask_for_labels_that_exist() -> None:
         assert found[2] in OFFERED[found[1]]
 
 
-def test_every_metric_of_the_gateway_is_on_the_dashboard() -> None:
-    used = {name for _, expression, _ in targets() for name in asked(expression).metrics}
+@pytest.mark.parametrize(
+    ("board", "whose"),
+    [
+        pytest.param(GATEWAY, r"tandem_(?!engine_|operator_)", id="gateway"),
+        pytest.param(FLEETS, "tandem_operator_", id="operator"),
+    ],
+)
+def test_every_metric_is_on_a_dashboard(board: Path, whose: str) -> None:
+    used = {name for _, expression, _ in targets(board) for name in asked(expression).metrics}
     families = {name.removesuffix("_bucket") for name in used}
-    own = {name for name in OFFERED if name.startswith("tandem_") and not name.startswith("tandem_engine_")}
+    own = {name for name in OFFERED if re.match(whose, name)}
     missing = {name for name in own if re.sub(r"_(bucket|sum|count)$", "", name) not in families}
+    assert own
     assert missing == set()
 
 
-def test_panels_have_ids_of_their_own_and_do_not_overlap() -> None:
+@pytest.mark.parametrize("board", [GATEWAY, FLEETS], ids=["gateway", "fleets"])
+def test_panels_have_ids_of_their_own_and_do_not_overlap(board: Path) -> None:
     cells: dict[tuple[int, int], str] = {}
-    ids = [panel["id"] for panel in panels()]
+    ids = [panel["id"] for panel in panels(board)]
     assert len(set(ids)) == len(ids)
-    for panel in panels():
+    for panel in panels(board):
         at = panel["gridPos"]
         assert at["x"] + at["w"] <= 24
         for x in range(at["x"], at["x"] + at["w"]):
@@ -160,8 +180,9 @@ def test_panels_have_ids_of_their_own_and_do_not_overlap() -> None:
 
 
 def test_the_rows_are_those_that_an_operator_looks_for() -> None:
-    rows = [panel["title"] for panel in panels() if panel["type"] == "row"]
-    assert rows == [
+    rows = [[panel["title"] for panel in panels(board) if panel["type"] == "row"] for board in (FLEETS, GATEWAY)]
+    assert rows[0] == ["Overview", "Fleets", "Operator"]
+    assert rows[1] == [
         "Overview",
         "Latency",
         "Throughput",

@@ -12,7 +12,7 @@ from tandem_operator.api.fleet import FleetSpec
 from tandem_operator.apply import Trouble
 from tandem_operator.conditions import Told, told
 from tandem_operator.control import FleetLink
-from tandem_operator.metrics import READY, WANTED
+from tandem_operator.metrics import ATTAINMENT, READY, STOPPED, WANTED
 from tandem_operator.names import (
     CONTROL_PORT,
     EP_GROUP,
@@ -114,10 +114,12 @@ async def _left(ctx: Context, pool: Key, fleet: str) -> int:
 
 def _forget(key: Key) -> None:
     """Take a fleet that is gone out of the metrics."""
-    for gauge in (READY, WANTED):
+    for gauge in (READY, WANTED, STOPPED):
         for role in Role:
             with contextlib.suppress(KeyError):
                 gauge.remove(key.namespace, key.name, role)
+    with contextlib.suppress(KeyError):
+        ATTAINMENT.remove(key.namespace, key.name)
 
 
 async def _drain_orphans(ctx: Context, fleet: Object, link: FleetLink, *, paused: bool) -> bool:

@@ -20,7 +20,7 @@ from tandem_operator.api.pool import GroupSpec, PoolSpec
 from tandem_operator.apply import Trouble
 from tandem_operator.conditions import told
 from tandem_operator.control import FleetLink
-from tandem_operator.metrics import READY
+from tandem_operator.metrics import READY, STOPPED
 from tandem_operator.names import (
     EP_GROUP,
     FLEET,
@@ -284,9 +284,11 @@ async def _tell(ctx: Context, pool: _Pool, plan: Plan, trouble: str, link: Fleet
     ready = status.ready if link.reachable else int((pool.obj.get("status") or {}).get("ready", 0))
     staying = [group for group in pool.groups if not leaving(group)]
     fleet, name = pool.spec.fleet, pool.key.name
+    phase = status.phase
+    stopped = phase in (Phase.STOPPED, Phase.ROLLED_BACK)
     if ctx.cache.get(pool.fleet) is not None:
         READY.labels(pool.key.namespace, fleet, pool.spec.role).set(ready)
-    phase = status.phase
+        STOPPED.labels(pool.key.namespace, fleet, pool.spec.role).set(stopped)
     found = [
         told(
             "Available",
@@ -297,12 +299,12 @@ async def _tell(ctx: Context, pool: _Pool, plan: Plan, trouble: str, link: Fleet
         told("Progressing", phase is Phase.PROGRESSING, status.reason, status.message),
         told(
             "Degraded",
-            bool(trouble) or phase in (Phase.STOPPED, Phase.ROLLED_BACK),
+            bool(trouble) or stopped,
             "Trouble" if trouble else status.reason,
             trouble or status.message,
         ),
     ]
-    if phase in (Phase.STOPPED, Phase.ROLLED_BACK) and link.reachable:
+    if stopped and link.reachable:
         await ctx.recorder.tell(POOL, pool.obj, status.reason, status.message, type_="Warning")
     gpus = len(pool.groups) * pool.spec.nodes * pool.spec.gpus_per_node
     body: Object = {

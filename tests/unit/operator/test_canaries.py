@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from msgspec.structs import replace
+from prometheus_client import REGISTRY
 
 from tandem.core.group_check import CheckVerdict, GroupCheck
 from tandem.core.rollout_check import Trial
@@ -41,6 +42,11 @@ def degraded(world: World) -> Object:
     return world.condition(world.server.objects[Key(POOL, "ai", "r1-decode")], "Degraded")
 
 
+def stopped(role: str) -> float | None:
+    labels = {"namespace": "ai", "fleet": "r1", "role": role}
+    return REGISTRY.get_sample_value("tandem_operator_pool_change_stopped", labels)
+
+
 async def test_the_first_group_of_a_revision_is_cordoned_until_it_has_answered() -> None:
     world = await changed()
     assert world.control.desired["decode-1"].cordoned
@@ -48,6 +54,7 @@ async def test_the_first_group_of_a_revision_is_cordoned_until_it_has_answered()
     await world.look()
     assert world.control.calls.count("check decode-1") == 1
     assert not world.control.desired["decode-1"].cordoned
+    assert stopped("decode") == 0
     assert checked(world) == ("True", "Answered")
     assert "Checked: decode-1 has answered the known prompt, and serves." in world.recorder.told
 
@@ -87,6 +94,7 @@ async def test_a_wrong_answer_ends_the_change_and_nobody_is_sent_there() -> None
     assert world.groups() == ["decode-0", "prefill-0"]
     told = degraded(world)
     assert (told["status"], told["reason"]) == ("True", "RevisionFailed")
+    assert (stopped("decode"), stopped("prefill")) == (1, 0)
     assert "decode-1 failed the known prompt: it says Rome" in told["message"]
     warned = "AnswersWrongly: decode-1 failed the known prompt, and serves nobody: it says Rome"
     assert world.recorder.told.count(warned) == 1

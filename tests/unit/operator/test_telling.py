@@ -133,5 +133,5 @@ async def test_a_fleet_that_is_gone_is_taken_out_of_the_metrics() -> None:
     WANTED.labels("ai", "r1", "decode").set(1)
     world.server.drop(Key(FLEET, "ai", "r1"))
     await world.look(1)
-    for gauge in ("ready", "wanted"):
-        assert REGISTRY.get_sample_value(f"tandem_operator_pool_groups_{gauge}", sample) is None
+    for gauge in ("groups_ready", "groups_wanted", "change_stopped"):
+        assert REGISTRY.get_sample_value(f"tandem_operator_pool_{gauge}", sample) is None
