@@ -87,6 +87,19 @@ def test_a_request_without_a_structural_tag_needs_none() -> None:
     assert list(budget.places(request([A, B], None), [A, B])) == []
 
 
+def test_a_tag_of_sglangs_older_kind_has_no_budget() -> None:
+    tag = json.dumps({"type": "structural_tag", "structures": [{"schema": {"max_tokens": 2}}], "triggers": []})
+    assert list(budget.places(request([A, B], tag), [A, B])) == []
+
+
+@pytest.mark.parametrize(("tokens", "places"), [(None, []), (2, [2])])
+def test_a_field_of_a_schema_that_is_called_so_is_no_budget(tokens: int | None, places: list[int]) -> None:
+    schema = {"type": "object", "properties": {"max_tokens": {"type": "integer"}, "content": {"type": "string"}}}
+    content = {"type": "json_schema", "json_schema": schema}
+    asked = request([A, B], structural_tag(content, thinking=True, budget=tokens))
+    assert list(budget.places(asked, [A, B])) == places
+
+
 @pytest.mark.parametrize(
     "form",
     [

@@ -23,8 +23,12 @@ def places(request: Any, tokens: Sequence[int]) -> range:
     tag = getattr(request.sampling_params, "structural_tag", None)
     if not tag or '"max_tokens"' not in tag:
         return range(0)
-    found = _budget(json.loads(tag))
-    if found is None:
+    form = json.loads(tag).get("format", {})  # SGLang's older kind of tag has none, and no budget either
+    limited = _limited(form)
+    if not limited:
+        return range(0)
+    found = _reasoning(form)
+    if found is None or len(limited) > 1:
         return range(len(tokens) + 1)  # another shape than ours: slow, and right
     budget, end = found
     if len(tokens) < budget or _holds(request, tokens[:budget], end):
@@ -41,14 +45,22 @@ def fill(grammar: Any) -> None:
     grammar.fill_vocab_mask(grammar.allocate_vocab_mask(grammar.vocab_size, 1, "cpu"), 0)
 
 
-def _budget(tag: Any) -> tuple[int, str] | None:
-    """The tokens of a free text that the answer begins with, and the marker that ends it (`gateway/api/grammar.py`)."""
-    form = tag.get("format", {})
-    first, *others = form["elements"] if form.get("type") == "sequence" else [form]
-    content = first.get("content", {}) if first.get("type") == "tag" and first.get("begin") == "" else {}
-    if content.get("type") != "any_text" or "max_tokens" not in content or not isinstance(first.get("end"), str):
+def _limited(form: dict[str, Any]) -> list[dict[str, Any]]:
+    """The formats with a budget. What a JSON schema has of that name is none."""
+    inner = [*form.get("elements", ()), *form.get("tags", ())]
+    if isinstance(form.get("content"), dict):
+        inner.append(form["content"])
+    found = [form] if "max_tokens" in form else []
+    return found + [one for part in inner for one in _limited(part)]
+
+
+def _reasoning(form: dict[str, Any]) -> tuple[int, str] | None:
+    """The budget of the free text that an answer begins with, and what ends it (`gateway/api/grammar.py`)."""
+    first = form["elements"][0] if form.get("type") == "sequence" else form
+    if first.get("type") != "tag" or first["begin"] != "" or not isinstance(first["end"], str):
         return None
-    return None if '"max_tokens"' in json.dumps(others) else (content["max_tokens"], first["end"])
+    content = first["content"]
+    return (content["max_tokens"], first["end"]) if "max_tokens" in content else None
 
 
 def _holds(request: Any, tokens: Sequence[int], text: str) -> bool:
