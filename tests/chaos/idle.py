@@ -77,12 +77,12 @@ async def all_idle(groups: Callable[[], Mapping[str, str]], within: float, *, si
 async def _left(pool: Pool, counter: RoomCounter, name: str, url: str, since: float) -> list[str]:
     try:
         rooms = await counter.look(url)
+        if min(rooms.reported) <= since:
+            # A scheduler reports now and then, and an idle one not at all by itself; told to flush it does.
+            await counter.flush(url)
+            return [f"{name} has not reported since"]
         if rooms.requests:
             return await busy_lines(pool, name, url) or [f"{name} has {rooms.requests} requests"]
-        if min(rooms.reported) > since:
-            return []
-        # An idle scheduler does not report by itself; told to flush it does.
-        await counter.flush(url)
-        return [f"{name} has not reported since"]
+        return []
     except HttpFailure as error:
         return [f"{name}: {error}"]

@@ -105,6 +105,8 @@ class SideGateway:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
+            for left in glob.glob(f"/dev/shm/*faketime_*_{self._process.pid}"):  # a process that is killed leaves them
+                Path(left).unlink()
         for proxy in self.proxies.values():
             await proxy.close()
 

@@ -42,6 +42,7 @@ class World:
         self.count = count
         self.folder = Path(tempfile.mkdtemp(prefix="tandem-"))
         self.running: list[subprocess.Popen[bytes]] = []
+        self._alone: list[subprocess.Popen[bytes]] = []
         for number in range(1, count + 1):
             self._etc(number).mkdir(parents=True, exist_ok=True)
         self.place_head(None)
@@ -57,11 +58,12 @@ class World:
             known = f"{address(number)} {HEAD}\n" if number else ""
             (self._etc(each) / "hosts").write_text(f"127.0.0.1 localhost\n{known}")
 
-    def start(self, number: int, *command: str, log: str, **env: str) -> subprocess.Popen[bytes]:
-        """Run a command on a machine."""
+    def start(self, number: int, *command: str, log: str, alone: bool = False, **env: str) -> subprocess.Popen[bytes]:
+        """Run a command on a machine. `alone`: it sees no processes but its own, and all of these die with it."""
+        apart = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc") if alone else ()
         with open(self.folder / log, "ab") as output:
             process = subprocess.Popen(
-                ["ip", "netns", "exec", f"tandem-node-{number}", *command],
+                [*apart, "ip", "netns", "exec", f"tandem-node-{number}", *command],
                 env={**os.environ, **env},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -69,6 +71,8 @@ class World:
                 start_new_session=True,
             )
         self.running.append(process)
+        if alone:
+            self._alone.append(process)
         return process
 
     def head(self, number: int, config: Path, **env: str) -> subprocess.Popen[bytes]:
@@ -89,27 +93,28 @@ class World:
         return self.start(number, *TANDEM, "node", "join", *what, log=f"join-{number}.log", **{**known, **env})
 
     def close(self) -> None:
-        below = [child for process in self.running if process.poll() is None for child in _descendants(process.pid)]
         for process in reversed(self.running):
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGKILL if process in self._alone else signal.SIGTERM)
         for process in self.running:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(15)
             process.kill()
             process.wait(10)
-        for child in below:  # `ray start` that is killed leaves its own
+        left = [process for number in range(1, self.count + 1) for process in _on_machine(number)]
+        for process in left:  # Ray's agents outlive a raylet that is killed
             with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
-        psutil.wait_procs(below, timeout=10)
+                process.kill()
+        psutil.wait_procs(left, timeout=10)
         for number in range(1, self.count + 1):
             shutil.rmtree(self._etc(number), ignore_errors=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _descendants(pid: int) -> list[psutil.Process]:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return psutil.Process(pid).children(recursive=True)
-    return []
+def _on_machine(number: int) -> Iterator[psutil.Process]:
+    found = subprocess.run(["ip", "netns", "pids", f"tandem-node-{number}"], capture_output=True, text=True, timeout=10)
+    for pid in found.stdout.split():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            yield psutil.Process(int(pid))
 
 
 TANDEM = (sys.executable, "-c", "from tandem.cli.main import app; app()")

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
+import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -23,10 +27,13 @@ from tandem.models.tiny import ensure_tiny
 
 pytestmark = [needs_root, pytest.mark.timeout(600)]
 
-RAY, WORKER, HEAD, GATEWAY = 1, 2, 3, 4
+RAY, WORKER, HEAD, GATEWAY, LATER = 1, 2, 3, 4, 5
+MEMORY = f"{address(RAY)}:6390"
+"""Redis, in which Ray's head keeps what it knows: on KubeRay, GCS fault tolerance."""
 WITHIN_S = 150.0
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "only-for-this-test"}
 """Without it nobody is let in: `ray start` asks for one unless it is told not to."""
+STARTED = "Ray runtime started"
 RAY_START = (sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats")
 
 
@@ -50,14 +57,43 @@ class Stage:
         )
         self.file = made.folder / "fleet.json"
         self.file.write_text(self.config.model_dump_json())
-        self.ray = self._ray(RAY, "--head", "--port=6379", "--include-dashboard=false", ranks=0)
+        host, port = MEMORY.split(":")
+        made.start(
+            RAY, "redis-server", "--bind", host, "--port", port, "--protected-mode", "no", "--save", "", log="memory"
+        )
+        self.start_ray()
         # As KubeRay's workers: Ray takes no node before its head is there.
-        log = made.folder / f"ray-{RAY}.log"
-        until(lambda: "Ray runtime started" in log.read_text(), WITHIN_S, what="Ray's head")
-        self._ray(WORKER, f"--address={address(RAY)}:6379", ranks=1)
+        self.join_ray(WORKER)
         place = {"TANDEM_GCS": f"{address(RAY)}:6379", "TANDEM_RAY_NAMESPACE": self.name}
         self.gateway = made.join(GATEWAY, "--gateway", **place, **TOKEN)
         self.start_head()
+
+    def start_ray(self) -> None:
+        """Ray's head; again after another has died. Returns when it is there."""
+        log = self.world.folder / f"ray-{RAY}.log"
+        times = log.read_text().count(STARTED) if log.exists() else 0
+        self.ray = self._ray_head()
+
+        def there() -> bool:
+            if self.ray.poll() is not None:
+                # Ray gives its agents 15 s to start. On a busy machine it may need another try, as a kubelet gives it.
+                self.ray = self._ray_head()
+            return log.read_text().count(STARTED) > times
+
+        until(there, WITHIN_S, what="Ray's head")
+
+    def _ray_head(self) -> subprocess.Popen[bytes]:
+        return self._ray(RAY, "--head", "--port=6379", "--include-dashboard=false", ranks=0)
+
+    def kill_ray(self) -> None:
+        """All of Ray's head: the GCS, its raylet, whatever Ray has started there."""
+        every = [psutil.Process(self.ray.pid), *psutil.Process(self.ray.pid).children(recursive=True)]
+        self.ray.kill()
+        assert not psutil.wait_procs(every, timeout=10)[1], "some of Ray's head lives on"
+
+    def join_ray(self, number: int) -> None:
+        """A worker of Ray's, with room for one rank."""
+        self._ray(number, f"--address={address(RAY)}:6379", ranks=1)
 
     def start_head(self) -> None:
         """The fleet's head; again after another has ended."""
@@ -69,13 +105,17 @@ class Stage:
         assert self.config.ray.namespace is not None
         return self.config.ray.namespace
 
-    def _ray(self, number: int, *flags: str, ranks: int) -> object:
+    def _ray(self, number: int, *flags: str, ranks: int) -> subprocess.Popen[bytes]:
         own = Path(self.world.folder) / f"ray-{number}"
         flags += (f"--temp-dir={own}", f"--plasma-directory={self.world.folder}", "--object-store-memory=80000000")
         resources = {RANK_RESOURCE: ranks} if ranks else {}
         place = (f"--node-ip-address={address(number)}", "--num-cpus=2", f"--resources={json.dumps(resources)}")
         quick = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}  # at the end of the tests
-        return self.world.start(number, *RAY_START, *place, *flags, log=f"ray-{number}.log", **TOKEN, **quick)
+        known = {"RAY_REDIS_ADDRESS": MEMORY} if number == RAY else {}
+        # `ray start --head` looks for other heads among all processes that it sees, by the flags of raylets.
+        alone = number == RAY
+        command = (*RAY_START, *place, *flags)
+        return self.world.start(number, *command, log=f"ray-{number}.log", alone=alone, **TOKEN, **quick, **known)
 
     def asked(self, what: str) -> str:
         """What Ray itself says, asked on its head: `applications` of Serve, `actors` or `placements`, by name."""
@@ -91,12 +131,13 @@ def stage() -> Iterator[Stage]:
     redis = RedisServer()
     redis.start()
     try:
-        with world(4) as made:
+        with world(5) as made:
             stage = Stage(made, redis.url)
             try:
                 yield stage
             except BaseException:
                 print((made.folder / "head.log").read_text())
+                print((made.folder / f"ray-{RAY}.log").read_text())
                 raise
     finally:
         redis.remove()
@@ -121,6 +162,18 @@ async def seen(client: ControlClient, group: str, state: GroupState) -> Group:
     except TimeoutError:
         raise AssertionError(f"{group} is not {state}; the fleet is {last}") from None
     raise AssertionError("the watch ended")
+
+
+def answers() -> bool:
+    """Whether the gateway answers a request, by prefill and decode."""
+    body = json.dumps({"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 4, "return_token_ids": True}).encode()
+    url = f"http://{address(GATEWAY)}:8000/v1/completions"
+    request = urllib.request.Request(url, body, {"content-type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=WITHIN_S) as answer:
+            return bool(json.load(answer)["choices"][0]["finish_reason"] == "length")
+    except urllib.error.HTTPError:
+        return False
 
 
 async def test_rays_own_nodes_get_the_ranks(fleet: ControlClient) -> None:
@@ -173,8 +226,36 @@ async def test_groups_and_gateways_live_on_while_the_head_is_restarted(stage: St
         assert (await control.fleet()).gateways == gateways
 
 
+async def test_all_of_rays_head_dies_and_what_it_knew_is_in_redis(stage: Stage, fleet: ControlClient) -> None:
+    stage.join_ray(LATER)
+    await fleet.put_group(GroupSpec(group="prefill-0", role=Role.PREFILL, nodes=1))
+    before = [await seen(fleet, name, GroupState.READY) for name in ("prefill-0", "decode-0")]
+    gateways = (await fleet.fleet()).gateways
+    await asyncio.to_thread(until, answers, WITHIN_S, what="an answer")
+
+    await asyncio.to_thread(stage.kill_ray)
+    assert answers(), "requests do not go on without Ray's head"
+    await asyncio.to_thread(stage.start_ray)
+
+    assert [await seen(fleet, one.group, GroupState.READY) for one in before] == before
+    assert (await fleet.fleet()).gateways == gateways
+    assert answers()
+    # It knows the actors and the placements, and the controller goes on.
+    decode = before[1]
+    os.kill(decode.ranks[0].pid, signal.SIGKILL)
+    async with asyncio.timeout(WITHIN_S):
+        async for snapshot in fleet.watch():
+            if any(
+                (one.group, one.epoch, one.state) == ("decode-0", decode.epoch + 1, "ready") for one in snapshot.groups
+            ):
+                break
+    assert await seen(fleet, "prefill-0", GroupState.READY) == before[0]
+    await asyncio.to_thread(until, answers, WITHIN_S, what="an answer of the new epoch")
+
+
 async def test_a_head_without_groups_leaves_nothing_of_the_fleet_in_ray(stage: Stage, fleet: ControlClient) -> None:
-    await fleet.remove("decode-0")
+    for group in (await fleet.fleet()).groups:
+        await fleet.remove(group.group)
     async with asyncio.timeout(WITHIN_S):
         async for snapshot in fleet.watch():
             if not snapshot.groups and not snapshot.desired:
