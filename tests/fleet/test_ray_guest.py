@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -31,8 +30,13 @@ RAY, WORKER, HEAD, GATEWAY, LATER = 1, 2, 3, 4, 5
 MEMORY = f"{address(RAY)}:6390"
 """Redis, in which Ray's head keeps what it knows: on KubeRay, GCS fault tolerance."""
 WITHIN_S = 150.0
-TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "only-for-this-test"}
-"""Without it nobody is let in: `ray start` asks for one unless it is told not to."""
+SETTINGS = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": "only-for-this-test",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
+}
+"""Without the token nobody is let in: `ray start` asks for one unless it is told not to. And all wait longer for a head
+that is away than Ray's 60 s, as pods that the operator makes."""
 STARTED = "Ray runtime started"
 RAY_START = (sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats")
 
@@ -65,7 +69,7 @@ class Stage:
         # As KubeRay's workers: Ray takes no node before its head is there.
         self.join_ray(WORKER)
         place = {"TANDEM_GCS": f"{address(RAY)}:6379", "TANDEM_RAY_NAMESPACE": self.name}
-        self.gateway = made.join(GATEWAY, "--gateway", **place, **TOKEN)
+        self.gateway = made.join(GATEWAY, "--gateway", **place, **SETTINGS)
         self.start_head()
 
     def start_ray(self) -> None:
@@ -97,7 +101,7 @@ class Stage:
 
     def start_head(self) -> None:
         """The fleet's head; again after another has ended."""
-        self.head = self.world.head(HEAD, self.file, **TOKEN)
+        self.head = self.world.head(HEAD, self.file, **SETTINGS)
 
     @property
     def name(self) -> str:
@@ -115,12 +119,12 @@ class Stage:
         # `ray start --head` looks for other heads among all processes that it sees, by the flags of raylets.
         alone = number == RAY
         command = (*RAY_START, *place, *flags)
-        return self.world.start(number, *command, log=f"ray-{number}.log", alone=alone, **TOKEN, **quick, **known)
+        return self.world.start(number, *command, log=f"ray-{number}.log", alone=alone, **SETTINGS, **quick, **known)
 
     def asked(self, what: str) -> str:
         """What Ray itself says, asked on its head: `applications` of Serve, `actors` or `placements`, by name."""
         script = (sys.executable, str(Path(__file__).parent / "ask_ray.py"), f"{address(RAY)}:6379")
-        done = self.world.start(RAY, *script, log="asked.log", **TOKEN)
+        done = self.world.start(RAY, *script, log="asked.log", **SETTINGS)
         assert done.wait(60) == 0, (self.world.folder / "asked.log").read_text()
         found: dict[str, list[str]] = json.loads((self.world.folder / "asked.log").read_text().splitlines()[-1])
         return " ".join(found[what])
@@ -172,7 +176,7 @@ def answers() -> bool:
     try:
         with urllib.request.urlopen(request, timeout=WITHIN_S) as answer:
             return bool(json.load(answer)["choices"][0]["finish_reason"] == "length")
-    except urllib.error.HTTPError:
+    except OSError:  # HTTPError is one, too
         return False
 
 

@@ -60,12 +60,16 @@ def state_variables(secret: SecretKey | None) -> Variables:
 
 
 def ray_variables(spec: FleetSpec) -> Variables:
-    """How a pod that joins another's Ray cluster shows that it may."""
+    """How a pod that joins another's Ray cluster shows that it may, and for how long it waits for a head that is away:
+    Ray's own 60 s may be less than another pod takes to start."""
     secret = spec.ray.auth_token_secret
-    if spec.ray.address is None or secret is None:
+    if spec.ray.address is None:
         return []
+    patience = {"name": "RAY_gcs_rpc_server_reconnect_timeout_s", "value": "600"}
+    if secret is None:
+        return [patience]
     token = {"secretKeyRef": {"name": secret.name, "key": secret.key}}
-    return [{"name": "RAY_AUTH_MODE", "value": "token"}, {"name": "RAY_AUTH_TOKEN", "valueFrom": token}]
+    return [patience, {"name": "RAY_AUTH_MODE", "value": "token"}, {"name": "RAY_AUTH_TOKEN", "valueFrom": token}]
 
 
 def gcs_address(fleet: str, namespace: str) -> str:

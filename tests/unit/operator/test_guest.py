@@ -82,6 +82,7 @@ async def test_its_processes_are_told_the_cluster_and_how_it_is_called_there() -
     for part in ("head", "gateway"):
         told = environment(world, part)
         assert told["RAY_AUTH_MODE"] == "token"
+        assert told["RAY_gcs_rpc_server_reconnect_timeout_s"] == "600"
         assert told["RAY_AUTH_TOKEN"] == {"secretKeyRef": {"name": "ray", "key": "auth_token"}}
 
 
