@@ -80,7 +80,7 @@ async def _left(pool: Pool, counter: RoomCounter, name: str, url: str, since: fl
         if min(rooms.reported) <= since:
             # A scheduler reports now and then, and an idle one not at all by itself; told to flush it does.
             await counter.flush(url)
-            return [f"{name} has not reported since"]
+            return [f"{name} has not reported since (then: {', '.join(await busy_lines(pool, name, url)) or 'idle'})"]
         if rooms.requests:
             return await busy_lines(pool, name, url) or [f"{name} has {rooms.requests} requests"]
         return []

@@ -15,7 +15,6 @@ from tandem.engine.plugin import grammars
 from tandem.engine.plugin.resume import RESUMED
 from tandem.gateway.api.grammar import structural_tag
 
-SPELLED = "</think>"
 WORDS = "it is warm"
 
 
@@ -25,13 +24,17 @@ class Grammar:
     def __init__(self, compiled: xgrammar.CompiledGrammar, vocab_size: int) -> None:
         self.vocab_size = vocab_size
         self.current_token: int | None = None
-        self._matcher = xgrammar.GrammarMatcher(compiled)
+        self.compiled = compiled
+        self.matcher = xgrammar.GrammarMatcher(compiled)
+
+    def copy(self) -> Grammar:
+        return Grammar(self.compiled, self.vocab_size)
 
     def is_terminated(self) -> bool:
-        return bool(self._matcher.is_terminated())
+        return bool(self.matcher.is_terminated())
 
     def accept_token(self, token: int) -> None:
-        if not self._matcher.accept_token(token):
+        if not self.matcher.accept_token(token):
             raise ValueError(token)
         self.current_token = token
 
@@ -40,7 +43,7 @@ class Grammar:
         return xgrammar.allocate_token_bitmask(batch_size, vocab_size)
 
     def fill_vocab_mask(self, mask: torch.Tensor, index: int) -> None:
-        self._matcher.fill_next_token_bitmask(mask, index)
+        self.matcher.fill_next_token_bitmask(mask, index)
 
     def allowed(self) -> frozenset[int]:
         """Which tokens may come next."""
@@ -80,19 +83,66 @@ def engine(tiny: Path) -> Engine:
     return Engine(tiny)
 
 
-@pytest.mark.parametrize("budget", [0, 1, 4, 10])
-def test_wherever_a_stream_breaks_prefill_and_decode_allow_what_they_did(engine: Engine, budget: int) -> None:
-    content = {"type": "regex", "pattern": r"[a-z ]{1,40}"}
-    tag = structural_tag(content, thinking=True, budget=budget)
+END = "</think>"
+WIDE = "ж"
+"""Two bytes, two tokens."""
+
+
+def reasoning(engine: Engine, how: str) -> tuple[list[int], int]:
+    """The tokens of an answer's reasoning, with its end, and the budget."""
+    marker = engine.tokenizer.convert_tokens_to_ids(END)
+    spelled = engine.ids(END)
+    assert len(spelled) == len(END)
+    free = engine.ids("so we do")
+    match how:
+        case "none":
+            return spelled, 0
+        case "spelled behind the budget":
+            return [*free, *spelled], len(free)
+        case "one token behind the budget":
+            return [*free, marker], len(free)
+        case "spelled before it is spent":
+            return [*free, *spelled], 40
+        case "one token before it is spent":
+            return [*free, marker], 40
+        case "spelled up to the budget":
+            return [*free, *spelled], len(free) + len(spelled)
+        case "half spelled when it is spent":
+            return [*free, *spelled], len(free) + 3
+        case "half spelled twice":
+            return [*free, *spelled[:4], *spelled], len(free) + 4
+        case "half a letter when it is spent":
+            wide = engine.ids(WIDE)
+            assert len(wide) == 2
+            return [*free, wide[0], *spelled], len(free) + 1  # XGrammar leaves it at that
+    raise ValueError(how)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "none",
+        "spelled behind the budget",
+        "one token behind the budget",
+        "spelled before it is spent",
+        "one token before it is spent",
+        "spelled up to the budget",
+        "half spelled when it is spent",
+        "half spelled twice",
+        "half a letter when it is spent",
+    ],
+)
+def test_wherever_a_stream_breaks_prefill_and_decode_allow_what_they_did(engine: Engine, how: str) -> None:
+    thought, budget = reasoning(engine, how)
+    tag = structural_tag({"type": "regex", "pattern": r"[a-z ]{1,40}"}, thinking=True, budget=budget)
     assert tag is not None
-    said = engine.ids(("so " * budget)[:budget] + SPELLED + WORDS)
+    said = [*thought, *engine.ids(WORDS)]
     whole = engine.request(tag, []).grammar
     walked = []
     for token in said:
         walked.append(whole.allowed())
-        assert token in walked[-1]
+        assert token in walked[-1], f"token {len(walked)} of {how} cannot come"
         whole.accept_token(token)
-    assert any(len(one) == 1 for one in walked)
     for place in range(len(said)):
         prefill = engine.request(tag, said[:place])
         decode = engine.request(tag, said[:place])

@@ -37,6 +37,8 @@ class Request(NamedTuple):
     name: str
     status: int
     """Of the answer, as HTTP has it."""
+    allowed: bool
+    """Whether the account has the right, as the server knows it then. It may still refuse: by admission."""
 
     def __str__(self) -> str:
         return f"{self.right} {self.namespace}/{self.name}: {self.status}"
@@ -55,7 +57,8 @@ def requests(log: Path, account: str, namespace: str) -> Iterator[Request]:
         inner = f"/{reference['subresource']}" if reference.get("subresource") else ""
         right = Right(reference.get("apiGroup", ""), reference["resource"] + inner, event["verb"])
         status = int(event.get("responseStatus", {}).get("code", 0))
-        request = Request(right, reference.get("namespace", ""), reference.get("name", ""), status)
+        allowed = event.get("annotations", {}).get("authorization.k8s.io/decision") == "allow"
+        request = Request(right, reference.get("namespace", ""), reference.get("name", ""), status, allowed)
         yield request
         if right.verb == "patch" and status == 201:  # to apply what is not there yet needs both rights
             yield request._replace(right=right._replace(verb="create"))
@@ -68,15 +71,23 @@ def roles_of(made: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [one for one in made if (one["kind"], one["metadata"]["name"]) in names]
 
 
-def lacking(asked: Iterable[Request], roles: Iterable[dict[str, Any]]) -> list[str]:
-    """What was refused, and no role grants it.
+def lacking(asked: Iterable[Request], roles: Iterable[dict[str, Any]], namespaces: Iterable[str]) -> list[str]:
+    """What was refused in these namespaces, or of the whole cluster.
 
-    A right that is granted is refused for other reasons: by an API server that has just started and does not know its
-    roles yet, and where something is to be made in a namespace that is being deleted.
+    Left out is a right that a role grants, and that the account had there at another time: an API server that has just
+    started refuses it until it knows its roles.
     """
-    known = list(roles)
-    refused = {one for one in asked if one.status in (401, 403)}
-    return sorted(str(one) for one in refused if not any(_grants(role, one) for role in known))
+    known, places = list(roles), {"", *namespaces}
+    every = [one for one in asked if one.namespace in places]
+    had = {(one.right, one.namespace) for one in every if one.allowed}
+    return sorted(
+        {
+            str(one)
+            for one in every
+            if one.status in (401, 403)
+            and (one.allowed or (one.right, one.namespace) not in had or not any(_grants(role, one) for role in known))
+        }
+    )
 
 
 def _grants(role: dict[str, Any], request: Request) -> bool:

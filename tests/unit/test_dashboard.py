@@ -179,6 +179,14 @@ def test_panels_have_ids_of_their_own_and_do_not_overlap(board: Path) -> None:
                 assert cells.setdefault((x, y), panel["title"]) == panel["title"]
 
 
+@pytest.mark.parametrize("board", [GATEWAY, FLEETS], ids=["gateway", "fleets"])
+def test_a_number_is_there_also_when_it_is_nought(board: Path) -> None:
+    # It shows the last value that there was; an expression that compares has none while it is false.
+    shown = [target["expr"] for panel in panels(board) if panel["type"] == "stat" for target in panel["targets"]]
+    assert shown
+    assert [one for one in shown if re.search(r"[=!<>]=|[<>]", _SELECTOR.sub("", one))] == []
+
+
 def test_the_rows_are_those_that_an_operator_looks_for() -> None:
     rows = [[panel["title"] for panel in panels(board) if panel["type"] == "row"] for board in (FLEETS, GATEWAY)]
     assert rows[0] == ["Overview", "Fleets", "Operator"]

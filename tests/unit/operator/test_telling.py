@@ -6,7 +6,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from tandem_operator.kube import KubeError
-from tandem_operator.metrics import WANTED
+from tandem_operator.metrics import ATTAINMENT, WANTED
 from tandem_operator.names import CONFIG_MAP, EP_GROUP, FLEET, POOL, STATEFUL_SET, Key, Kind, Object
 from unit.operator.world import World
 
@@ -131,7 +131,10 @@ async def test_a_fleet_that_is_gone_is_taken_out_of_the_metrics() -> None:
     sample = {"namespace": "ai", "fleet": "r1", "role": "decode"}
     assert REGISTRY.get_sample_value("tandem_operator_pool_groups_ready", sample) == 1
     WANTED.labels("ai", "r1", "decode").set(1)
+    ATTAINMENT.labels("ai", "r1").set(1)
     world.server.drop(Key(FLEET, "ai", "r1"))
     await world.look(1)
     for gauge in ("groups_ready", "groups_wanted", "change_stopped"):
         assert REGISTRY.get_sample_value(f"tandem_operator_pool_{gauge}", sample) is None
+    del sample["role"]
+    assert REGISTRY.get_sample_value("tandem_operator_slo_attainment", sample) is None

@@ -2,8 +2,8 @@
 
 XGrammar holds `max_tokens` (0.2.7, `cpp/grammar_matcher.cc`) in the mask: `FillNextTokenBitmask` notes that the budget
 is spent, and the next `AcceptToken` drops what goes on beyond it. Without a mask in between, what goes on is kept, and
-the end marker, half written, may begin anew. An engine that generates fills a mask for each token. One that reads what
-was said before need not, but in those places; it would take up to a millisecond for each token.
+the end marker, half written, may begin anew. Engines that generate fill a mask for each token, unless they speculate.
+One that reads what was said before need not, but in those places; it would take up to a millisecond for each token.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ def places(request: Any, tokens: Sequence[int]) -> range:
     """Before which tokens, by their index, the mask must be filled; `len(tokens)` is the one that comes next.
 
     Args:
-        request: of SGLang, with `sampling_params.structural_tag` and `tokenizer`.
+        request: of SGLang, with `grammar`, `sampling_params.structural_tag` and `tokenizer`. A grammar that is not
+            XGrammar's has no such places.
         tokens: what the grammar reads, from its beginning.
     """
     tag = getattr(request.sampling_params, "structural_tag", None)
-    if not tag or '"max_tokens"' not in tag:
+    if not tag or '"max_tokens"' not in tag or not hasattr(request.grammar, "matcher"):
         return range(0)
     form = json.loads(tag).get("format", {})  # SGLang's older kind of tag has none, and no budget either
     limited = _limited(form)
@@ -45,13 +46,14 @@ def fill(grammar: Any) -> None:
     grammar.fill_vocab_mask(grammar.allocate_vocab_mask(grammar.vocab_size, 1, "cpu"), 0)
 
 
-def _limited(form: dict[str, Any]) -> list[dict[str, Any]]:
-    """The formats with a budget. What a JSON schema has of that name is none."""
-    inner = [*form.get("elements", ()), *form.get("tags", ())]
-    if isinstance(form.get("content"), dict):
-        inner.append(form["content"])
-    found = [form] if "max_tokens" in form else []
-    return found + [one for part in inner for one in _limited(part)]
+def _limited(form: Any) -> list[dict[str, Any]]:
+    """The formats with a budget, however deep. What a JSON schema has of that name is none."""
+    if isinstance(form, list):
+        return [one for part in form for one in _limited(part)]
+    if not isinstance(form, dict):
+        return []
+    found = [form] if isinstance(form.get("max_tokens"), int) else []
+    return found + [one for name, part in form.items() if name != "json_schema" for one in _limited(part)]
 
 
 def _reasoning(form: dict[str, Any]) -> tuple[int, str] | None:
@@ -59,8 +61,8 @@ def _reasoning(form: dict[str, Any]) -> tuple[int, str] | None:
     first = form["elements"][0] if form.get("type") == "sequence" else form
     if first.get("type") != "tag" or first["begin"] != "" or not isinstance(first["end"], str):
         return None
-    content = first["content"]
-    return (content["max_tokens"], first["end"]) if "max_tokens" in content else None
+    budget = first["content"].get("max_tokens")
+    return (budget, first["end"]) if isinstance(budget, int) else None
 
 
 def _holds(request: Any, tokens: Sequence[int], text: str) -> bool:

@@ -41,22 +41,31 @@ def read(request: Any, tokens: list[int]) -> None:
     if grammar is None or request.to_finish is not None:
         return
     masked = budget.places(request, tokens)
-    for place, token in enumerate(tokens):
-        if place in masked:
-            budget.fill(grammar)
-        if grammar.is_terminated():
-            _refuse(request, f"goes on behind the end of its grammar, from token {place} of {len(tokens)}")
-            return
-        try:
-            grammar.accept_token(token)
-        except (ValueError, RuntimeError):  # their texts hold the request's words
-            _refuse(request, f"does not fit its grammar, from token {place} of {len(tokens)}")
-            return
-    if grammar.is_terminated():
-        _refuse(request, "is complete")
+    spare = grammar.copy() if masked else None
+    why = _read(grammar, tokens, masked)
+    if why and spare is not None:
+        # Said by an engine that went beyond its budget: with speculation, or without this.
+        request.grammar = grammar = spare
+        why = _read(grammar, tokens, range(0))
+    if why:
+        _refuse(request, why)
         return
     # To the decode side, a current token means that the one from prefill has been read too.
     grammar.current_token = None
+
+
+def _read(grammar: Any, tokens: list[int], masked: range) -> str:
+    """Why it cannot read them, or go on; empty = it can."""
+    for place, token in enumerate(tokens):
+        if grammar.is_terminated():
+            return f"goes on behind the end of its grammar, from token {place} of {len(tokens)}"
+        try:
+            if place in masked:
+                budget.fill(grammar)
+            grammar.accept_token(token)
+        except (ValueError, RuntimeError):  # their texts hold the request's words
+            return f"does not fit its grammar, from token {place} of {len(tokens)}"
+    return "is complete" if grammar.is_terminated() else ""
 
 
 def before_prefills_token(batch: Any, *_: Any, **__: Any) -> None:
@@ -69,7 +78,8 @@ def before_prefills_token(batch: Any, *_: Any, **__: Any) -> None:
             said = resumed_tokens(request)
         except ResumeError:
             continue  # it is refused already
-        if len(said) in budget.places(request, said):
+        # What began here has no budget that could be spent: XGrammar makes nothing of one of 0.
+        if said and len(said) in budget.places(request, said):
             budget.fill(grammar)
 
 
