@@ -78,6 +78,7 @@ class Asked:
         self._service = service
         self._known = False
         self._closed = False
+        self._settled: UsageRecord | None = None
         service.metrics.in_flight.inc()
 
     @property
@@ -185,11 +186,27 @@ class Asked:
         if self.reply is not None:
             self.reply.leave()
 
+    async def settle(self) -> None:
+        """Its reply is complete: count it before its client is told so, lest the record die with this gateway. Waits
+        for half a second at most: then the record comes later."""
+        if self._closed or self._settled is not None:
+            return
+        record = self._record("ok")
+        if self.kept is not None:
+            self._settled = record = self.kept.share(record)
+            await self.kept.settle(record, known=self._known)
+        else:
+            self._settled = record
+            if self._known:
+                await self._service.meter.written(record)
+
     def close(self, error: BaseException | None) -> None:
         """It is over: complete, or with this error."""
         if self._closed or (self.kept is not None and self.kept.outlives(self, error)):
             return
         self._closed = True
+        if self._settled is not None and isinstance(error, ClientLeft | asyncio.CancelledError):
+            error = None  # whoever left between the last token and the end has had it all
         outcome = outcome_of(error)
         service = self._service
         service.metrics.in_flight.dec()
@@ -197,9 +214,12 @@ class Asked:
         try:
             if self.reply is not None:
                 self.reply.close(outcome)
-            record = self._record(outcome)
-            if self.kept is not None:
-                record = self.kept.share(record)
+            if self._settled is not None:
+                record = self._settled
+            else:
+                record = self._record(outcome)
+                if self.kept is not None:
+                    record = self.kept.share(record)
             tokens = record.completion_tokens
         finally:
             # Whatever goes wrong here, its place is for the next.
@@ -216,7 +236,7 @@ class Asked:
         tenant.done(self.endpoint.name, record.outcome, record.seconds)
         if self.kept is not None:
             self.kept.over(self, record, known=self._known)
-        elif self._known:
+        elif self._known and self._settled is None:
             # Who has not said who he is uses nothing, and must not be able to fill the sink.
             service.meter.record(record)
         self._log(record, error)

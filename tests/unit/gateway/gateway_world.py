@@ -147,9 +147,17 @@ class Notes(Meter):
 
     def __init__(self) -> None:
         self.records: list[UsageRecord] = []
+        self.disk = asyncio.Event()
+        self.disk.set()
+        """Cleared, no record is safe."""
 
-    def record(self, record: UsageRecord) -> None:
+    def record(self, record: UsageRecord) -> bool:
         self.records.append(record)
+        return False
+
+    async def written(self, record: UsageRecord, within: float = 0.5) -> None:
+        self.record(record)
+        await self.disk.wait()
 
 
 @dataclass
@@ -163,6 +171,7 @@ class World:
     records: list[UsageRecord]
     store: Store
     keys: KeyRing
+    meter: Notes
 
     def call(self, path: str, body: object = None, headers: dict[str, str] | None = None, method: str = "") -> Call:
         data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -282,7 +291,7 @@ async def world(
         listener = socket.create_server(("127.0.0.1", 0))
         await server.start(listener)
         stack.callback(server.abort)
-        made = World(engines, driver, service, listener.getsockname(), meter.records, store, keys)
+        made = World(engines, driver, service, listener.getsockname(), meter.records, store, keys, meter)
         for name in names:
             made.group(name)
         yield made

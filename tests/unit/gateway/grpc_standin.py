@@ -38,6 +38,7 @@ class SaidReply:
     def __init__(self, batches: Sequence[Sequence[Step]], error: Exception | None = None) -> None:
         self.weight_version = "1"
         self.closed: list[BaseException | None] = []
+        self.settled = 0
         self.over = asyncio.Event()
         self.asked = 0
         self._batches = batches
@@ -52,6 +53,9 @@ class SaidReply:
             raise self._error
         await asyncio.Event().wait()
         raise AssertionError("it waits for ever")
+
+    async def settle(self) -> None:
+        self.settled += 1
 
     def close(self, error: BaseException | None) -> None:
         self.closed.append(error)

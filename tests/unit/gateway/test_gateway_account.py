@@ -60,6 +60,32 @@ def lines(caplog: pytest.LogCaptureFixture) -> Lines:
 # Records and metrics
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_end_of_an_answer_waits_until_its_record_is_safe(stream: bool) -> None:
+    async with world("p0", "d0") as w:
+        w.meter.disk.clear()
+        call, running = await begun(w, stream=stream)
+        await w.until(lambda: bool(w.records))
+        await asyncio.sleep(0.05)  # the end would have come
+        assert (call.answer.complete, b"[DONE]" in call.answer.body) == (False, False)
+        w.meter.disk.set()
+        assert (await running).complete
+        assert (await the_record(w)).outcome == "ok"
+
+
+async def test_a_client_that_leaves_before_the_end_is_told_is_counted_once_for_all_of_it() -> None:
+    async with world("p0", "d0") as w:
+        w.meter.disk.clear()
+        call, running = await begun(w, stream=True)
+        await w.until(lambda: bool(w.records))
+        call.leave()
+        await asyncio.sleep(0.05)  # it is noticed
+        w.meter.disk.set()
+        await running
+        await w.until(lambda: w.metric("tandem_requests_in_flight") == 0)
+        assert (await the_record(w)).outcome == "ok"
+
+
 async def test_an_answer_that_is_complete_is_recorded_with_all_that_it_used() -> None:
     fleet = {"tenants": {"acme": {"priority": "high"}}}
     async with world("p0", "d0", fleet=fleet) as w:

@@ -62,7 +62,7 @@ async def test_generate_streams_text_as_it_comes_and_ends_with_the_usage(served:
     assert found[-1].deltas[0].finish_reason == pb.FINISH_REASON_STOP
     assert (found[-1].usage.prompt_tokens, found[-1].usage.cached_tokens) == (USAGE.prompt, USAGE.cached)
     assert (found[-1].usage.completion_tokens, found[-1].usage.reasoning_tokens) == (3, 1)
-    assert served.replies[0].closed == [None]
+    assert (served.replies[0].settled, served.replies[0].closed) == (1, [None])
 
 
 async def test_generate_once_returns_the_whole_text(served: Served) -> None:
@@ -70,7 +70,7 @@ async def test_generate_once_returns_the_whole_text(served: Served) -> None:
     assert [(choice.index, choice.text) for choice in found.choices] == [(0, "Hello")]
     assert found.choices[0].finish_reason == pb.FINISH_REASON_STOP
     assert (found.info.id, found.weight_version, found.usage.completion_tokens) == ("chatcmpl-1", "1", 3)
-    assert served.replies[0].closed == [None]
+    assert (served.replies[0].settled, served.replies[0].closed) == (1, [None])
 
 
 async def test_token_ids_are_told_only_to_who_asks(served: Served) -> None:

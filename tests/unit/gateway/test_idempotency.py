@@ -10,6 +10,7 @@ from engine_standin import Script
 from gateway_world import Answer, saying
 from kept_world import ASKS, KEY, WHOLE, ShakyJournal, ask, keeping, replayed, rest, under_way, work
 
+from tandem.core.answers import AnswerState
 from tandem.core.tenants import Priority
 
 
@@ -44,6 +45,35 @@ def text_of(answer: Answer) -> str:
         delta = event.get("delta", "")
         found += delta if isinstance(delta, str) else delta.get("text", "") + delta.get("thinking", "")
     return found
+
+
+async def test_before_a_client_is_told_the_end_its_answer_is_closed_and_counted() -> None:
+    journal = ShakyJournal()
+    async with keeping("p1", "d1", journal=journal) as made:
+        made.engines["d1"].scripts.append(saying("hi there"))
+        made.meter.disk.clear()
+        call = ask(made, stream=True)
+        running = asyncio.create_task(call.run())
+        await made.until(lambda: bool(made.records))
+        assert [kept.state for kept in journal._table._answers.values()] == [AnswerState.DONE]
+        await asyncio.sleep(0.05)  # the end would have come
+        assert not call.answer.complete
+        made.meter.disk.set()
+        assert ((await running).text(), len(made.records)) == ("hi there", 1)
+
+
+async def test_a_journal_that_goes_away_at_the_end_holds_it_up_for_half_a_second_at_most() -> None:
+    journal = ShakyJournal()
+    async with keeping("p1", "d1", journal=journal) as made:
+        go = asyncio.Event()
+        made.engines["d1"].scripts.append(saying("hi there", go=go))
+        async with under_way(ask(made, stream=True), b"her") as first:
+            journal.away = True
+            go.set()
+            assert (await first).complete
+        assert made.records == []
+        journal.away = False
+        await made.until(lambda: len(made.records) == 1)
 
 
 async def test_requests_without_a_key_are_served_anew() -> None:

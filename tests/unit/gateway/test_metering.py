@@ -1,4 +1,4 @@
-"""A usage record is written once, whatever happens to the file system or to Redis, and no request waits for it."""
+"""A usage record is written once, whatever happens to the file system or to Redis, and no request fails for it."""
 
 from __future__ import annotations
 
@@ -103,6 +103,52 @@ async def test_records_are_in_the_sink_when_the_meter_is_closed() -> None:
     assert ids(sink.lines) == [f"r{number}" for number in range(10)]
     assert counted(metrics, "tandem_usage_records_total") == 10
     assert counted(metrics, "tandem_usage_records_pending") == 0
+
+
+async def test_who_waits_for_a_record_goes_on_when_it_is_in_the_sink() -> None:
+    sink = MemorySink()
+    meter = Meter(sink, Metrics())
+    await meter.start()
+    await meter.written(record(1))
+    assert ids(sink.lines) == ["r1"]
+    await meter.close()
+
+
+@pytest.mark.parametrize("started", [False, True])
+async def test_nobody_waits_for_a_sink_that_cannot_write(started: bool) -> None:
+    meter = Meter(MemorySink(failures=10**9), Metrics())
+    if started:
+        await meter.start()
+    async with asyncio.timeout(5):
+        await meter.written(record(1), within=60)
+        await meter.written(record(2), within=60)
+    await meter.close(within=0.1)
+
+
+async def test_nobody_waits_for_long_for_a_sink_that_takes_long() -> None:
+    class Stuck(MemorySink):
+        async def write(self, lines: Sequence[bytes]) -> None:
+            self.tried.set()
+            await asyncio.Event().wait()
+
+    sink = Stuck()
+    meter = Meter(sink, Metrics())
+    await meter.start()
+    async with asyncio.timeout(5):
+        await meter.written(record(1), within=0.05)
+    assert sink.tried.is_set()
+    await meter.close(within=0.1)
+
+
+async def test_nobody_waits_for_a_second_record_of_a_request() -> None:
+    sink = MemorySink()
+    meter = Meter(sink, Metrics())
+    await meter.start()
+    await meter.written(record(1))
+    async with asyncio.timeout(5):
+        await meter.written(record(1), within=60)
+    await meter.close()
+    assert ids(sink.lines) == ["r1"]
 
 
 async def test_a_disk_that_hangs_does_not_hold_the_end_of_the_gateway(

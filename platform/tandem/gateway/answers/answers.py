@@ -236,9 +236,9 @@ class Answers:
     def go(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         return _keep(self._tasks, work)
 
-    def finish(self, work: Coroutine[Any, Any, None]) -> None:
+    def finish(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Do it to its end, also when the gateway stops."""
-        _keep(self._finishing, work)
+        return _keep(self._finishing, work)
 
 
 def _keep(tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

@@ -36,6 +36,8 @@ READ_S = 0.5
 AWAY_S = 5.0
 """A follower whose journal has been away for so long goes on by itself: a doubled effort is better than none."""
 RETRY_S = 0.25
+SETTLE_S = 0.5
+"""So long the end of an answer waits until it is closed in the journal, and counted."""
 WANTED_S = 2.0
 """An answer whose client has gone goes on so long at a time while others follow it."""
 TRIES = 20
@@ -94,6 +96,8 @@ class Kept:
         """Its reader was told so: nothing more comes."""
         self._suffix = ""
         self._outlived = False
+        self._settled = False
+        """It is counted already."""
         if self.owns:
             self._begin_recording()
 
@@ -152,6 +156,19 @@ class Kept:
             reasoning_tokens=min(completion, max(0, record.reasoning_tokens - told.reasoning)),
         )
 
+    async def settle(self, record: UsageRecord, *, known: bool) -> None:
+        """The answer is complete, and this is the request's share: close it and count it, before the client is told.
+        What takes longer than `SETTLE_S`, as with a journal that is away, goes on in the background."""
+        self._settled = True
+        recorder, self._recorder = self._recorder, None
+        if recorder is not None:
+            closing = self._answers.finish(self._close(recorder, None, record if known else None))
+            await asyncio.wait([closing], timeout=SETTLE_S)
+        else:
+            self._let_go()
+            if self.owns and known:
+                await self._service.meter.written(record)
+
     def over(self, asked: Asked, record: UsageRecord, *, known: bool) -> None:
         """The request is over, and this is its share: it is counted if the answer was its own to the end."""
         if self._following is not None:
@@ -159,6 +176,8 @@ class Kept:
         self._follows_no_more()
         recorder, self._recorder = self._recorder, None
         self._reply = None
+        if self._settled:
+            return
         if recorder is None:
             self._let_go()
             if self.owns and known:
@@ -241,7 +260,7 @@ class Kept:
                 self._answers.release(self._name, self._owner, AnswerState.VOID)
             self._answers.rests(self._owner)
             if record is not None and not recorder.fenced:
-                self._service.meter.record(record)
+                await self._service.meter.written(record)
 
     # The follower
 

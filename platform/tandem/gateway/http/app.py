@@ -202,6 +202,7 @@ class _Stream:
             data, self._opening = self._opening + data, None
             _open(self._exchange, self._asked)
         if done:
+            await self._asked.settle()
             self._exchange.end(data)
             return False
         if data:
@@ -225,7 +226,9 @@ async def _whole(exchange: Exchange, asked: Asked, reply: Reply) -> None:
             if step.reason is not None:
                 reasons[step.index] = step.reason
     choices = [(_joined(found), reason) for found, reason in zip(pieces, reasons, strict=True)]
-    exchange.reply(200, asked.writer().whole(choices, reply.usage), [JSON, *asked.headers()])
+    body = asked.writer().whole(choices, reply.usage)
+    await asked.settle()
+    exchange.reply(200, body, [JSON, *asked.headers()])
 
 
 def _joined(pieces: list[Piece]) -> Piece:

@@ -89,5 +89,8 @@ class BegunReply:
     async def next(self) -> Sequence[Step]:
         return await self._reply.next()
 
+    async def settle(self) -> None:
+        await self._asked.settle()
+
     def close(self, error: BaseException | None) -> None:
         self._asked.close(error)

@@ -52,6 +52,9 @@ class Reply(Protocol):
     async def next(self) -> Sequence[Step]:
         """Wait for more. The last step of all has `usage`. Raises ApiError and ClientLeft."""
 
+    async def settle(self) -> None:
+        """The last step is there, and the caller is about to be told: count the answer."""
+
     def close(self, error: BaseException | None) -> None:
         """It is over, complete or with this error (`CancelledError`: nobody waits for it). Ends what still works on it.
 
@@ -182,6 +185,8 @@ async def _stream(
             news = [found for step in steps if (found := delta(step, ids)) is not None]
             usage = _usage(steps)
             changed = reply.weight_version if reply.weight_version != version else ""
+            if usage is not None:
+                await reply.settle()
             if news or usage or info or changed:
                 await context.write(response(info=info, weight_version=changed, deltas=news, usage=usage))
                 info, version = None, reply.weight_version
@@ -194,6 +199,7 @@ async def _all(reply: Reply) -> list[Step]:
     with _closing(reply):
         while not steps or steps[-1].usage is None:
             steps += await reply.next()
+        await reply.settle()
         return steps
 
 

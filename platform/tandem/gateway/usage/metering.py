@@ -1,8 +1,9 @@
 """The meter: takes one usage record per request, at once, and brings it to a sink in the background, exactly once.
 
 `record` only puts it into a queue in memory; a task writes the queue's head as one batch, at most `LINGER_S` later.
-That is all that a killed process can lose. While the sink cannot write, the queue grows to its bound; what is beyond
-it is dropped, counted and logged: no request ever waits or fails for its metering.
+That is all that a killed process can lose. An answer's end waits for its record, but not for long (`written`). While
+the sink cannot write, the queue grows to its bound; what is beyond it is dropped, counted and logged, and nobody waits:
+no request ever fails for its metering.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from tandem.gateway.usage.stream import UsageStream, UsageStreamError
 
 log = logging.getLogger(__name__)
 
-LINGER_S = 0.05
-"""How long a record waits for others to be written with."""
+LINGER_S = 0.005
+"""How long a record that nobody waits for waits for others to be written with."""
+WRITTEN_S = 0.5
+"""How long the end of an answer waits for its record to be safe."""
 BATCH = 512
 QUEUE = 100_000
 """Records (about 1 KB each) kept in memory while the sink cannot write."""
@@ -56,6 +59,8 @@ class Meter:
         self._limit = queue
         self._queue: deque[UsageRecord] = deque()
         self._known: OrderedDict[str, None] = OrderedDict()
+        self._waiting: dict[str, asyncio.Future[None]] = {}
+        """Who waits for a record to be written, by its id."""
         self._encoder = msgspec.json.Encoder()
         self._wake = asyncio.Event()
         self._closing = asyncio.Event()
@@ -63,22 +68,35 @@ class Meter:
         self._dropped = 0
         self._failing = False
 
-    def record(self, record: UsageRecord) -> None:
-        """Take the record of a request that is over. Never waits, never raises; a second one for it is ignored."""
+    def record(self, record: UsageRecord) -> bool:
+        """Take the record of a request that is over; return whether it is to be written. Never waits, never raises; a
+        second one for it is ignored."""
         if self._sink is None:
-            return
+            return False
         if record.id in self._known:
             log.error("request %s was metered twice; the second record is ignored: %r", record.id, record)
-            return
+            return False
         self._known[record.id] = None
         if len(self._known) > _KNOWN_IDS:
             self._known.popitem(last=False)
         if len(self._queue) >= self._limit:
             self._drop(1)
-            return
+            return False
         self._queue.append(record)
         self._metrics.usage_pending.set(len(self._queue))
         self._wake.set()
+        return True
+
+    async def written(self, record: UsageRecord, within: float = WRITTEN_S) -> None:
+        """Take the record of a request that is all but over, and return when it is safe from the death of this process;
+        sooner if the sink cannot write, or does not within so many seconds. Never raises."""
+        if not self.record(record) or self._task is None or self._failing:
+            return
+        done = self._waiting[record.id] = asyncio.get_running_loop().create_future()
+        try:
+            await asyncio.wait([done], timeout=within)
+        finally:
+            self._waiting.pop(record.id, None)
 
     async def start(self) -> None:
         """Raises SinkError when records could never be kept: better to hear of it before the first request."""
@@ -118,6 +136,8 @@ class Meter:
                         unforeseen = None if isinstance(error, SinkError) else error
                         log.error("%s; they are kept in memory and tried again", error, exc_info=unforeseen)
                     self._failing = True
+                    for waiting in self._waiting.values():
+                        _end(waiting)
                     if self._closing.is_set():
                         return
                     await self._pause(wait)
@@ -125,8 +145,10 @@ class Meter:
             if self._failing:
                 log.warning("usage records can be written again")
             self._failing, wait = False, _FIRST_RETRY_S
-            for _ in batch:
+            for record in batch:
                 self._queue.popleft()
+                if (written := self._waiting.get(record.id)) is not None:
+                    _end(written)
             self._metrics.usage_records.inc(len(batch))
             self._metrics.usage_pending.set(len(self._queue))
 
@@ -138,7 +160,7 @@ class Meter:
                 await asyncio.wait_for(self._wake.wait(), _IDLE_S)
             except TimeoutError:
                 await sink.idle()
-        if len(self._queue) < self._batch:
+        if len(self._queue) < self._batch and not self._waiting:
             await self._pause(self._linger_s)
         return bool(self._queue)
 
@@ -168,6 +190,11 @@ class Meter:
                 self._dropped,
                 len(self._queue),
             )
+
+
+def _end(waiting: asyncio.Future[None]) -> None:
+    if not waiting.done():
+        waiting.set_result(None)
 
 
 def make_meter(
