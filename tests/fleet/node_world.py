@@ -22,7 +22,9 @@ import psutil
 from tandem.fleet.control_client import ControlClient, ControlError
 
 HEAD = "head.test"
-NETWORK, BRIDGE = "10.213.11", "tdnbr0"
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+"""Two files of tests may run at a time, each with machines of its own."""
+NETWORK, BRIDGE = f"10.213.{11 + _WORKER}", f"tdnbr{_WORKER}"
 HERE = Path(__file__).parent
 
 
@@ -33,6 +35,11 @@ def _ip(*arguments: str, check: bool = True) -> None:
 def address(number: int) -> str:
     """Of machine `number`, from 1."""
     return f"{NETWORK}.{number}"
+
+
+def _machine(number: int) -> str:
+    """What its network namespace is called."""
+    return f"tandem-node-{_WORKER}-{number}"
 
 
 class World:
@@ -50,7 +57,7 @@ class World:
     @staticmethod
     def _etc(number: int) -> Path:
         """`ip netns exec` shows what is in here in place of the files in /etc."""
-        return Path(f"/etc/netns/tandem-node-{number}")
+        return Path("/etc/netns") / _machine(number)
 
     def place_head(self, number: int | None) -> None:
         """Say on all machines which one is the head; written in place, as a kubelet does it."""
@@ -63,7 +70,7 @@ class World:
         apart = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc") if alone else ()
         with open(self.folder / log, "ab") as output:
             process = subprocess.Popen(
-                [*apart, "ip", "netns", "exec", f"tandem-node-{number}", *command],
+                [*apart, "ip", "netns", "exec", _machine(number), *command],
                 env={**os.environ, **env},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -111,7 +118,7 @@ class World:
 
 
 def _on_machine(number: int) -> Iterator[psutil.Process]:
-    found = subprocess.run(["ip", "netns", "pids", f"tandem-node-{number}"], capture_output=True, text=True, timeout=10)
+    found = subprocess.run(["ip", "netns", "pids", _machine(number)], capture_output=True, text=True, timeout=10)
     for pid in found.stdout.split():
         with contextlib.suppress(psutil.NoSuchProcess):
             yield psutil.Process(int(pid))
@@ -130,7 +137,7 @@ def world(count: int) -> Iterator[World]:
         _ip("addr", "add", f"{NETWORK}.254/24", "dev", BRIDGE)
         _ip("link", "set", BRIDGE, "up")
         for number in range(1, count + 1):
-            name, link = f"tandem-node-{number}", f"tdn{number}"
+            name, link = _machine(number), f"tdn{_WORKER}-{number}"
             _ip("netns", "add", name)
             _ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", name)
             _ip("link", "set", link, "master", BRIDGE, "up")
@@ -145,7 +152,7 @@ def world(count: int) -> Iterator[World]:
 
 def _remove(count: int) -> None:
     for number in range(1, count + 1):
-        _ip("netns", "del", f"tandem-node-{number}", check=False)
+        _ip("netns", "del", _machine(number), check=False)
     _ip("link", "del", BRIDGE, check=False)
 
 

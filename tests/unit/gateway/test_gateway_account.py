@@ -68,6 +68,7 @@ async def test_the_end_of_an_answer_waits_until_its_record_is_safe(stream: bool)
         await w.until(lambda: bool(w.records))
         await asyncio.sleep(0.05)  # the end would have come
         assert (call.answer.complete, b"[DONE]" in call.answer.body) == (False, False)
+        assert bool(call.answer.body) == stream  # the tokens do not wait
         w.meter.disk.set()
         assert (await running).complete
         assert (await the_record(w)).outcome == "ok"

@@ -160,6 +160,7 @@ class Kept:
         """The answer is complete, and this is the request's share: close it and count it, before the client is told.
         What takes longer than `SETTLE_S`, as with a journal that is away, goes on in the background."""
         self._settled = True
+        self._stop_following()
         recorder, self._recorder = self._recorder, None
         if recorder is not None:
             closing = self._answers.finish(self._close(recorder, None, record if known else None))
@@ -171,9 +172,7 @@ class Kept:
 
     def over(self, asked: Asked, record: UsageRecord, *, known: bool) -> None:
         """The request is over, and this is its share: it is counted if the answer was its own to the end."""
-        if self._following is not None:
-            self._following.cancel()
-        self._follows_no_more()
+        self._stop_following()
         recorder, self._recorder = self._recorder, None
         self._reply = None
         if self._settled:
@@ -407,6 +406,11 @@ class Kept:
                 if turn >= TURN_TOKENS:
                     turn = 0
                     await asyncio.sleep(0)
+
+    def _stop_following(self) -> None:
+        if self._following is not None:
+            self._following.cancel()
+        self._follows_no_more()
 
     def _follows_no_more(self) -> None:
         if self._counted:

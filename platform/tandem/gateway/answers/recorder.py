@@ -7,6 +7,7 @@ background, in order. While the journal is away entries wait in memory; the stre
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable
@@ -64,6 +65,7 @@ class Recorder:
         self._timer: asyncio.TimerHandle | None = None
         self._work: asyncio.Task[None] | None = None
         self._closed = False
+        self._closing = asyncio.Event()
 
     def listen(self, reply: Reply) -> None:
         """Write down what becomes of the choices that are not complete."""
@@ -97,6 +99,7 @@ class Recorder:
         Takes long if the journal is away.
         """
         self._closed = True
+        self._closing.set()
         if self._timer is not None:
             self._timer.cancel()
         if self._work is not None:
@@ -128,7 +131,7 @@ class Recorder:
                 await self._write(AnswerState.OPEN)
                 if self._pending and not self._closed:
                     # What comes meanwhile goes together.
-                    await asyncio.sleep(FLUSH_S)
+                    await self._pause(FLUSH_S)
         finally:
             self._work = None
 
@@ -139,6 +142,7 @@ class Recorder:
 
     async def _write(self, last: AnswerState) -> None:
         """Write all batches, in order; the answer is in state `last` with the last one."""
+        pause = FLUSH_S
         while self._batches and not (self.fenced or self.lost):
             state = last if len(self._batches) == 1 else AnswerState.OPEN
             try:
@@ -149,7 +153,12 @@ class Recorder:
                 log.debug("could not write to the journal of answers: %s", error)
                 if self._closed and last is AnswerState.OPEN:
                     return
-                await asyncio.sleep(RETRY_S)
+                if self._closed:
+                    # Somebody may wait for the answer's end, and the journal may be back at once.
+                    await asyncio.sleep(pause)
+                    pause = min(2 * pause, RETRY_S)
+                else:
+                    await self._pause(RETRY_S)
                 continue
             if found is Appended.WRITTEN:
                 self._batches.popleft()
@@ -160,6 +169,11 @@ class Recorder:
             else:
                 self.lost = True
                 log.warning("an answer is not kept any longer: there is no room for it, or its journal was lost")
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait, until it is closed at most."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._closing.wait(), seconds)
 
 
 class _Listener:

@@ -189,26 +189,25 @@ class _Stream:
 
     async def _step(self, reply: Reply) -> bool:
         writer = self._writer
-        data, done = b"", False
+        data, end = b"", b""
         for step in await reply.next():
             data += writer.piece(step.index, step.piece)
-            if step.reason is not None:
-                data += writer.last(step.index, step.reason)
+            last = b"" if step.reason is None else writer.last(step.index, step.reason)
             if step.usage is not None:
-                data += writer.closing(step.usage)
-                done = True
+                end = last + writer.closing(step.usage)
+            else:
+                data += last
         # Until there is a first token a failure can still have its own status.
         if self._opening is not None:
             data, self._opening = self._opening + data, None
             _open(self._exchange, self._asked)
-        if done:
-            await self._asked.settle()
-            self._exchange.end(data)
-            return False
         if data:
             self._signs.wrote()
             await self._exchange.write(data)
-        return True
+        if end:
+            await self._asked.settle()
+            self._exchange.end(end)
+        return not end
 
 
 def _open(exchange: Exchange, asked: Asked) -> None:

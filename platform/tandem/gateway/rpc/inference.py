@@ -209,6 +209,9 @@ def _closing(reply: Reply) -> Iterator[None]:
     failed: BaseException | None = None
     try:
         yield
+    except grpc.aio.InternalError:
+        failed = asyncio.CancelledError()  # see `_gone`
+        raise
     except BaseException as error:
         failed = error
         raise

@@ -67,6 +67,7 @@ class Meter:
         self._task: asyncio.Task[None] | None = None
         self._dropped = 0
         self._failing = False
+        self._slow = False
 
     def record(self, record: UsageRecord) -> bool:
         """Take the record of a request that is over; return whether it is to be written. Never waits, never raises; a
@@ -89,12 +90,15 @@ class Meter:
 
     async def written(self, record: UsageRecord, within: float = WRITTEN_S) -> None:
         """Take the record of a request that is all but over, and return when it is safe from the death of this process;
-        sooner if the sink cannot write, or does not within so many seconds. Never raises."""
-        if not self.record(record) or self._task is None or self._failing:
+        sooner if the sink cannot write, or does not within so many seconds. Where one waited so long in vain, nobody
+        waits before the sink has written again. Never raises."""
+        if not self.record(record) or self._task is None or self._task.done() or self._failing or self._slow:
             return
         done = self._waiting[record.id] = asyncio.get_running_loop().create_future()
         try:
-            await asyncio.wait([done], timeout=within)
+            if not (await asyncio.wait([done], timeout=within))[0] and not self._slow:
+                self._slow = True
+                log.warning("a usage record was not written within %g s: the ends of answers do not wait", within)
         finally:
             self._waiting.pop(record.id, None)
 
@@ -144,7 +148,7 @@ class Meter:
                     wait = min(2 * wait, _LAST_RETRY_S)
             if self._failing:
                 log.warning("usage records can be written again")
-            self._failing, wait = False, _FIRST_RETRY_S
+            self._failing, self._slow, wait = False, False, _FIRST_RETRY_S
             for record in batch:
                 self._queue.popleft()
                 if (written := self._waiting.get(record.id)) is not None:

@@ -25,6 +25,8 @@ _T = TypeVar("_T")
 
 ADOPT_S = 30.0
 """How often a replica looks for what dead ones have left to be delivered."""
+SHIP_S = 0.05
+"""How long what is in the spool waits for more to be delivered with."""
 _FIRST_RETRY_S = 0.2
 _LAST_RETRY_S = 10.0
 
@@ -178,6 +180,7 @@ class RedisSink:
         wait = _FIRST_RETRY_S
         while True:
             await self._news.wait()
+            await self._pause(SHIP_S)  # what comes meanwhile goes together
             self._news.clear()
             try:
                 await self._deliver()
