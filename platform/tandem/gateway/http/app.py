@@ -189,7 +189,8 @@ class _Stream:
 
     async def _step(self, reply: Reply) -> bool:
         writer = self._writer
-        data, end = b"", b""
+        data = b""
+        end: bytes | None = None
         for step in await reply.next():
             data += writer.piece(step.index, step.piece)
             last = b"" if step.reason is None else writer.last(step.index, step.reason)
@@ -204,10 +205,11 @@ class _Stream:
         if data:
             self._signs.wrote()
             await self._exchange.write(data)
-        if end:
-            await self._asked.settle()
-            self._exchange.end(end)
-        return not end
+        if end is None:
+            return True
+        await self._asked.settle()
+        self._exchange.end(end)
+        return False
 
 
 def _open(exchange: Exchange, asked: Asked) -> None:
