@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -104,14 +105,18 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
+def main() -> None:
+    """Print the page of the reports that the command line names."""
+    parser = argparse.ArgumentParser("python -m chaos.pages", description="Reports of `python -m chaos` as tables.")
+    parser.add_argument("reports", nargs="+", type=Path, metavar="REPORT", help="what --json has written")
+    found: list[Report] = []
+    for path in parser.parse_args().reports:
+        try:
+            found += msgspec.json.decode(path.read_bytes(), type=list[Report])
+        except (OSError, msgspec.DecodeError) as error:
+            parser.error(f"{path} is no report of python -m chaos --json: {error}")
+    sys.stdout.write(page(found) + "\n")
+
+
 if __name__ == "__main__":
-    sys.stdout.write(
-        page(
-            [
-                report
-                for path in sys.argv[1:]
-                for report in msgspec.json.decode(Path(path).read_bytes(), type=list[Report])
-            ]
-        )
-        + "\n"
-    )
+    main()

@@ -1,4 +1,4 @@
-"""Each request is accounted for once, however it ends: a usage record, metrics, a line of the log, a trace."""
+"""Each request is accounted for once, however it ends: a usage record, metrics, a line of the log."""
 
 from __future__ import annotations
 
@@ -11,16 +11,13 @@ import pytest
 from engine_standin import Script
 from gateway_model import ids_of
 from gateway_world import Answer, Call, World, saying, world
-from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.trace import SpanKind, StatusCode
 
 from tandem.core.usage import UsageRecord
 
 BROKEN = {"type": "abort", "message": "gone", "status_code": 500}
 SAID = "hmm\n</think>\n\nHello you"
-TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
-PARENT = {"traceparent": f"00-{TRACE}-{SPAN}-01"}
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+PARENT = {"traceparent": f"00-{TRACE}-b7ad6b7169203331-01"}
 
 
 async def the_record(w: World) -> UsageRecord:
@@ -338,6 +335,19 @@ async def test_prefix_hits_and_the_way_of_the_cache_are_observed() -> None:
         assert w.metric("tandem_rooms_opened_total") == 1
 
 
+async def test_the_kv_that_went_to_decode_is_counted_in_bytes() -> None:
+    async with world("p0", "d0") as w:
+        w.driver.kv_bytes_per_token = 70_272
+        go = w.engines["d0"].default.go = asyncio.Event()
+        call = asyncio.create_task(w.complete(prompt=[5, 6, 7], max_tokens=9))
+        await w.engines["p0"].until(lambda: w.engines["p0"].bodies)
+        await w.engines["p0"].idle()
+        go.set()
+        await call
+        assert w.metric("tandem_kv_transfer_seconds_count") == 1
+        assert w.metric("tandem_kv_transfer_bytes_total") == 3 * 70_272
+
+
 # The log
 
 
@@ -386,138 +396,3 @@ async def test_the_line_of_a_client_that_left_has_nginxs_status(lines: Lines) ->
         await running
         await the_record(w)
     assert [(line["status"], line["outcome"]) for line in lines()] == [(499, "client_gone")]
-
-
-# Traces
-
-
-async def spans(w: World, exporter: InMemorySpanExporter) -> dict[str, ReadableSpan]:
-    """All spans by name, once everything is over."""
-    await w.until(lambda: bool(w.records))
-    await w.quiet()
-    await w.service.tracing.close()
-    return {span.name: span for span in exporter.get_finished_spans()}
-
-
-def ids_in(traceparent: str) -> tuple[int, int]:
-    """(trace, span)"""
-    _, trace, span, flags = traceparent.split("-")
-    assert int(flags, 16) & 1, "sampled"
-    return int(trace, 16), int(span, 16)
-
-
-async def test_a_request_is_one_trace_from_its_arrival_to_both_legs() -> None:
-    exporter = InMemorySpanExporter()
-    async with world("p0", "d0", exporter=exporter) as w:
-        await w.chat()
-        found = await spans(w, exporter)
-        sent = {name: ids_in(w.engines[name].traces[0]) for name in ("p0", "d0")}
-        record = w.records[0]
-    top = found.pop("chat tiny")
-    assert set(found) == {"tokenize", "admission", "leg prefill", "leg decode", "stream"}
-    assert top.parent is None
-    assert top.kind is SpanKind.SERVER
-    assert top.context is not None
-    for span in found.values():
-        assert span.parent is not None
-        assert (span.parent.span_id, span.parent.trace_id) == (top.context.span_id, top.context.trace_id)
-        assert span.end_time is not None
-    for role, name in (("prefill", "p0"), ("decode", "d0")):
-        leg = found[f"leg {role}"]
-        assert leg.context is not None
-        assert leg.attributes is not None
-        assert sent[name] == (leg.context.trace_id, leg.context.span_id)
-        assert (leg.attributes["tandem.group"], leg.attributes["tandem.attempt"]) == (name, 1)
-        assert leg.kind is SpanKind.CLIENT
-    assert top.attributes is not None
-    assert (top.attributes["tandem.tenant"], top.attributes["tandem.outcome"]) == ("anonymous", "ok")
-    assert top.attributes["gen_ai.usage.input_tokens"] == record.prompt_tokens
-    assert top.attributes["gen_ai.usage.output_tokens"] == record.completion_tokens
-    assert top.attributes["gen_ai.operation.name"] == "chat"
-    assert top.attributes["gen_ai.response.finish_reasons"] == ("length",)
-
-
-async def test_a_clients_trace_goes_on_through_the_gateway_to_both_engines() -> None:
-    exporter = InMemorySpanExporter()
-    async with world("p0", "d0", exporter=exporter) as w:
-        await w.call("/v1/completions", {"model": "tiny", "prompt": [5]}, PARENT).run()
-        found = await spans(w, exporter)
-        traces = [one.traces[0] for one in w.engines.values()]
-    assert {ids_in(trace)[0] for trace in traces} == {int(TRACE, 16)}
-    top = found["text_completion tiny"]
-    assert top.parent is not None
-    assert (top.parent.trace_id, top.parent.span_id) == (int(TRACE, 16), int(SPAN, 16))
-
-
-async def test_without_traces_a_clients_context_still_reaches_both_engines() -> None:
-    async with world("p0", "d0") as w:
-        await w.call("/v1/completions", {"model": "tiny", "prompt": [5]}, PARENT).run()
-        await w.complete()
-        assert [one.traces for one in w.engines.values()] == [[PARENT["traceparent"], ""]] * 2
-
-
-async def test_each_choice_has_its_legs_in_the_one_trace() -> None:
-    exporter = InMemorySpanExporter()
-    async with world("p0", "d0", exporter=exporter) as w:
-        await w.complete(n=3)
-        await spans(w, exporter)
-    finished = exporter.get_finished_spans()
-    assert sorted(span.name for span in finished if span.name.startswith("leg")) == (
-        ["leg decode"] * 3 + ["leg prefill"] * 3
-    )
-    assert len({span.context.trace_id for span in finished if span.context is not None}) == 1
-
-
-async def test_a_failed_attempt_and_the_next_are_told_apart() -> None:
-    exporter = InMemorySpanExporter()
-    async with world("p0", "d0", exporter=exporter) as w:
-        w.engines["p0"].scripts.append(Script(ids=[], finish=None))
-        w.engines["d0"].scripts.append(Script(status=500))
-        await w.complete()
-        await spans(w, exporter)
-    legs = {
-        (span.name, span.attributes["tandem.attempt"]): span.attributes["tandem.outcome"]
-        for span in exporter.get_finished_spans()
-        if span.attributes and "tandem.attempt" in span.attributes
-    }
-    assert legs["leg decode", 1] == "refused"
-    assert legs["leg prefill", 1] == "aborted"
-    assert legs["leg decode", 2] == legs["leg prefill", 2] == "ok"
-
-
-@pytest.mark.parametrize(("fields", "failed"), [({"temperature": 9}, "tokenize"), ({"model": "nowhere"}, "tokenize")])
-async def test_a_refused_requests_trace_ends_where_it_was_refused(fields: dict[str, Any], failed: str) -> None:
-    exporter = InMemorySpanExporter()
-    async with world("p0", "d0", exporter=exporter) as w:
-        await w.complete(**fields)
-        found = await spans(w, exporter)
-    assert set(found) == {"request", failed}
-    assert {span.status.status_code for span in found.values()} == {StatusCode.ERROR}
-
-
-async def test_a_client_that_leaves_is_no_error_of_the_trace() -> None:
-    exporter = InMemorySpanExporter()
-    async with world("p0", "d0", exporter=exporter) as w:
-        w.engines["d0"].default = Script(finish=None)
-        call, running = await begun(w, stream=True)
-        await call.until_body()
-        call.leave()
-        await running
-        found = await spans(w, exporter)
-    assert {span.status.status_code for span in found.values()} == {StatusCode.UNSET}
-    assert "stream" in found
-    assert found["text_completion tiny"].attributes is not None
-    assert found["text_completion tiny"].attributes["tandem.outcome"] == "client_gone"
-
-
-async def test_the_kv_that_went_to_decode_is_counted_in_bytes() -> None:
-    async with world("p0", "d0") as w:
-        w.driver.kv_bytes_per_token = 70_272
-        go = w.engines["d0"].default.go = asyncio.Event()
-        call = asyncio.create_task(w.complete(prompt=[5, 6, 7], max_tokens=9))
-        await w.engines["p0"].until(lambda: w.engines["p0"].bodies)
-        await w.engines["p0"].idle()
-        go.set()
-        await call
-        assert w.metric("tandem_kv_transfer_seconds_count") == 1
-        assert w.metric("tandem_kv_transfer_bytes_total") == 3 * 70_272

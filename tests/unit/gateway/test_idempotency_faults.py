@@ -14,7 +14,9 @@ from gateway_world import saying
 from kept_world import WHOLE, ShakyJournal, ask, keeping, replayed, rest, under_way, work
 
 from tandem.core.answers import AnswerState
+from tandem.core.usage import UsageRecord
 from tandem.gateway.answers.journal import JournalDown
+from tandem.gateway.answers.kept import Kept
 from tandem.models.tokenizer import EOS_ID
 
 BROKEN = {"type": "abort", "message": "gone", "status_code": 500}
@@ -165,6 +167,32 @@ async def test_a_client_that_leaves_while_its_answer_is_taken_leaves_it_to_the_n
         journal.gate.set()
         await two.until(lambda: journal.states == [AnswerState.FREE])
         assert (await ask(two, stream=True).run()).text() == "hi there, you all"
+
+
+async def test_who_was_told_the_end_takes_no_answer_over_while_it_still_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Lossy()
+    told, read = asyncio.Event(), asyncio.Event()
+    settle = Kept.settle
+
+    async def slowly(kept: Kept, record: UsageRecord, *, known: bool) -> None:
+        if kept.owns and kept._service is one.service:
+            await read.wait()  # it stands still before it closes its answer
+        await settle(kept, record, known=known)
+        if not kept.owns:
+            told.set()
+            await read.wait()  # its client reads slowly
+
+    async with keeping("p1", "d1", journal=journal) as one, keeping("p2", "d2", journal=journal) as two:
+        monkeypatch.setattr(Kept, "settle", slowly)
+        one.engines["d1"].scripts.append(Script(ids=WHOLE, finish={"type": "stop", "matched": EOS_ID}))
+        async with under_way(ask(one, stream=True), b" all"), under_way(ask(two, stream=True), b" all") as second:
+            await told.wait()
+            journal.kill(one.driver.incarnation)
+            assert (await ask(two, stream=True).run()).text() == "hi there, you all"
+            await two.until(lambda: journal.states == [AnswerState.DONE])
+            read.set()
+        assert (await second).text() == "hi there, you all"
+        assert [record.completion_tokens for record in two.records] == [len(WHOLE)]
 
 
 async def test_a_journal_that_takes_nothing_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
