@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 import tempfile
 import time
@@ -15,12 +16,14 @@ from rich.console import Console
 
 from chaos.measure import Report, table
 from chaos.play import play
-from chaos.scenarios import SCENARIOS, Scenario, by_name
+from chaos.scenarios import SCENARIOS, Scenario, by_name, left_out
 from chaos.stage import home
 
 
 def main(
-    faults: Annotated[int, typer.Option(help="In all, over all scenarios by their shares.")] = 300,
+    faults: Annotated[
+        int, typer.Option(help="In all, over all scenarios by their shares. Drains and scale-downs come on top.")
+    ] = 300,
     seed: Annotated[int, typer.Option(help="Of the order of the faults, and of what they hit.")] = 1,
     scenario: Annotated[list[str] | None, typer.Option(help="Only these; all faults are theirs.")] = None,
     kind: Annotated[str, typer.Option(help="Only faults whose kind has this in it.")] = "",
@@ -31,6 +34,8 @@ def main(
     """Kill, stop and cut off parts of real fleets under traffic, and check that nothing is lost, doubled or altered."""
     console = Console()
     chosen = [by_name(name) for name in scenario] if scenario else list(SCENARIOS)
+    for line in left_out():
+        console.print(f"[yellow]left out:[/] {line}", highlight=False)
     cache = Path(tempfile.gettempdir())
     reports: list[Report] = []
     until = None if minutes is None else time.monotonic() + 60 * minutes
@@ -42,7 +47,7 @@ def main(
                 console.log(line)
 
             few = tuple(fault for fault in one.faults if kind in fault.kind)
-            wanted = msgspec.structs.replace(one, faults=few)
+            wanted = msgspec.structs.replace(one, faults=few, aims=() if kind else one.aims)
             report = asyncio.run(play(wanted, count, seed, home=folder, cache=cache, keep=keep, show=show, until=until))
         reports.append(report)
         console.print(table(report))
@@ -54,10 +59,13 @@ def main(
 
 
 def _counts(chosen: list[Scenario], faults: int) -> list[tuple[Scenario, int]]:
-    """How many faults each scenario gets; at least one."""
-    shares = [scenario.share or 1.0 for scenario in chosen]
+    """How many faults each scenario gets, at least one: together no fewer than wanted. Where nothing does harm, its
+    share comes on top of them."""
+    shares = {scenario.name: scenario.share or 1.0 for scenario in chosen}
+    whole = sum(shares[scenario.name] for scenario in chosen if scenario.harms) or 1.0
     return [
-        (scenario, max(1, round(faults * share / sum(shares)))) for scenario, share in zip(chosen, shares, strict=True)
+        (scenario, max(1, math.ceil(faults * shares[scenario.name] / (whole if scenario.harms else 1.0))))
+        for scenario in chosen
     ]
 
 

@@ -27,6 +27,7 @@ from tandem.engine.http1 import HttpFailure, Pool
 from tandem.fleet.run_folder import RUN_VARIABLE
 from tandem.state import StoreError
 
+ALL_CHECKS = ("answers", "usage", "rooms", "engines", "groups", "leases", "processes", "nothing left")
 SETTLE_S = 20.0
 LEASES_S = 30.0
 """A dead gateway's lease lasts 10 s, then it is reaped."""
@@ -64,6 +65,8 @@ async def usage(stage: Stage, done: Iterable[Outcome], references: References) -
     where several pairs were at work.
 
     A client that had to ask again, as its gateway died, may have one for each try: the first may have died with it.
+    Where gateways share what they have answered, in Redis, its records share one answer: together they tell its tokens,
+    and one of them its prompt.
     """
     done = list(done)
     ends = time.monotonic() + _RECORD_S
@@ -71,24 +74,32 @@ async def usage(stage: Stage, done: Iterable[Outcome], references: References) -
     while any(not found.get(one.name) for one in done) and time.monotonic() < ends:
         await asyncio.sleep(0.2)
         found = records(stage)
-    return [why for one in done if (why := miscounted(one, found.get(one.name, []), references))]
+    return [
+        why
+        for one in done
+        # The side gateway keeps its answers to itself.
+        if (why := miscounted(one, found.get(one.name, []), references, shared=bool(stage.redis) and not one.side))
+    ]
 
 
-def miscounted(one: Outcome, mine: list[UsageRecord], references: References) -> str:
-    """What is wrong with the usage records of a request; empty = nothing."""
+def miscounted(one: Outcome, mine: list[UsageRecord], references: References, *, shared: bool = False) -> str:
+    """What is wrong with the usage records of a request; empty = nothing. `shared`: what one gateway has answered and
+    counted, all others know."""
     if not 1 <= len(mine) <= one.tries:
         return f"{one.name} {one.recipe!r}, {one.tries} tries, has {len(mine)} usage records"
     counted = [record.completion_tokens for record in mine]
+    prompt = references.prompt_tokens(one.recipe)
+    prompts = [record.prompt_tokens for record in mine]
+    if shared:
+        counted, prompts = [sum(counted)], [sum(prompts)]
     if one.left:
         right = max(counted) >= len(one.tokens) and mine[0].outcome == "client_gone"
     else:
         right = len(one.tokens) in counted or one.usage.get("completion_tokens") in counted
     if not right:
         return f"{one.name} {one.recipe!r} was given {len(one.tokens)} tokens, its usage records tell {counted}"
-    prompt = references.prompt_tokens(one.recipe)
-    if any(record.prompt_tokens != prompt for record in mine):
-        told = [record.prompt_tokens for record in mine]
-        return f"{one.name} {one.recipe!r} has a prompt of {prompt} tokens, its usage records tell {told}"
+    if any(told != prompt for told in prompts):
+        return f"{one.name} {one.recipe!r} has a prompt of {prompt} tokens, its usage records tell {prompts}"
     return ""
 
 

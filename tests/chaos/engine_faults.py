@@ -31,6 +31,8 @@ class Happening(msgspec.Struct, kw_only=True):
 
     kind: str
     at: float
+    harms: bool = True
+    """False: a drain or a scale-down, which somebody asked for."""
     where: str = ""
     noticed: float | None = None
     reason: str = ""

@@ -23,6 +23,11 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True):
         raise NotImplementedError
 
     @property
+    def harms(self) -> bool:
+        """Whether something goes wrong by it. What is only asked for is played among the faults, and is none."""
+        return True
+
+    @property
     def takes(self) -> frozenset[Role]:
         """Roles of which it takes a group away: all their groups must be ready before, so that a spare is left."""
         return frozenset()
@@ -93,14 +98,16 @@ class HitController(Fault, frozen=True, kw_only=True):
 
 
 class HitRedis(Fault, frozen=True, kw_only=True):
-    """Redis is away for some seconds: hangs, or dies and comes back with its data or `empty`."""
+    """Redis is away for some seconds: hangs, or dies and comes back with its data or `empty`. Or it is `slow`: stands
+    still again and again, each time for so long that a reply is late.
+    """
 
-    how: Literal["hang", "kill", "empty"]
+    how: Literal["hang", "kill", "empty", "slow"]
     seconds: float = 3.0
 
     @property
     def kind(self) -> str:
-        return {"hang": "hang Redis", "kill": "kill Redis", "empty": "kill Redis, back empty"}[self.how]
+        return "kill Redis, back empty" if self.how == "empty" else f"{self.how} Redis"
 
 
 class HitWire(Fault, frozen=True, kw_only=True):
@@ -168,7 +175,7 @@ class JumpClock(Fault, frozen=True, kw_only=True):
 
 
 class Drain(Fault, frozen=True, kw_only=True):
-    """No fault: a group is drained under traffic, with its streams moved, and brought back."""
+    """A group is drained under traffic, with its streams moved, and brought back."""
 
     role: Role
 
@@ -177,18 +184,26 @@ class Drain(Fault, frozen=True, kw_only=True):
         return f"drain {self.role}"
 
     @property
+    def harms(self) -> bool:
+        return False
+
+    @property
     def takes(self) -> frozenset[Role]:
         return frozenset({self.role})
 
 
 class ScaleDown(Fault, frozen=True, kw_only=True):
-    """No fault: a pool is given one group less under traffic, then as many as before."""
+    """A pool is given one group less under traffic, then as many as before."""
 
     role: Role
 
     @property
     def kind(self) -> str:
         return f"scale down {self.role}"
+
+    @property
+    def harms(self) -> bool:
+        return False
 
     @property
     def takes(self) -> frozenset[Role]:

@@ -49,6 +49,8 @@ ORPHANS_S = 30.0
 """The same after their gateway has died: its entry in the store lives for 10 s more."""
 CLOCK_S = 30.0
 """An answer tells when it was begun, in whole seconds."""
+SLOW_S = 0.2
+"""So late are replies of a slow Redis: more than limits wait for it, less than what stands still for good."""
 STORE_S = 60.0
 DRAIN_S = 60.0
 _LOOK_S = 0.1
@@ -61,7 +63,7 @@ async def carry_out(
     stage: Stage, traffic: Traffic, fault: Fault, rng: random.Random, struck: Struck = lambda: None
 ) -> Happening:
     """Do it, and return when the fleet has made it good, or has failed to. `struck` is called once a group is hit."""
-    happening = Happening(kind=fault.kind, at=time.monotonic())
+    happening = Happening(kind=fault.kind, at=time.monotonic(), harms=fault.harms)
     try:
         await _do(stage, traffic, fault, rng, happening, struck)
     except (NotInTime, ControlError, StoreError, TimeoutError, OSError, psutil.Error) as error:
@@ -117,6 +119,13 @@ async def _hit_redis(stage: Stage, fault: HitRedis) -> None:
     if fault.how == "hang":
         with server.frozen():
             await asyncio.sleep(fault.seconds)
+        return
+    if fault.how == "slow":
+        until = time.monotonic() + fault.seconds
+        while time.monotonic() < until:
+            with server.frozen():
+                await asyncio.sleep(SLOW_S)
+            await asyncio.sleep(SLOW_S / 4)
         return
     path = Path(server.url.removeprefix("unix://"))
     dump = path.parent / "dump.rdb"

@@ -180,7 +180,9 @@ def _row(
 def table(report: Report) -> Table:
     """The report for a terminal."""
     title = (
-        f"{report.scenario}: {len(report.faults)} faults, {report.requests} requests, {report.tokens} tokens, "
+        f"{report.scenario}: {sum(fault.harms for fault in report.faults)} faults, "
+        f"{sum(not fault.harms for fault in report.faults)} drains and scale-downs, "
+        f"{report.requests} requests, {report.tokens} tokens, "
         f"{len(report.wrong)} wrong"
     )
     made = Table(title=title, title_justify="left")

@@ -41,7 +41,7 @@ def page(reports: Sequence[Report]) -> str:
 
 def _title(report: Report) -> str:
     return (
-        f"`{report.scenario}`, seed {report.seed}: {len(report.faults)} faults in {report.seconds / 60:.0f} min, "
+        f"`{report.scenario}`, seed {report.seed}: {_played([report])} in {report.seconds / 60:.0f} min, "
         f"{report.requests:,} requests, {report.tokens:,} tokens, {len(report.wrong)} wrong, "
         f"errors: {report.errors or 'none'}"
     )
@@ -55,12 +55,24 @@ def _rows(report: Report) -> list[Row]:
 
 
 def _total(reports: Sequence[Report]) -> str:
-    faults = sum(len(one.faults) for one in reports)
     requests = sum(one.requests for one in reports)
     tokens = sum(one.tokens for one in reports)
     wrong = sum(len(one.wrong) for one in reports)
     migrations = sum(row.migrations for one in reports for row in one.rows)
-    return f"In all: {faults} faults, {requests:,} requests, {tokens:,} tokens, {wrong} wrong; {migrations} migrations"
+    kinds = len({fault.kind for report in reports for fault in report.faults if fault.harms})
+    return (
+        f"In all: {_played(reports)}, {kinds} kinds of faults, {requests:,} requests, {tokens:,} tokens, "
+        f"{wrong} wrong; {migrations} migrations"
+    )
+
+
+def _played(reports: Sequence[Report]) -> str:
+    faults = [fault for report in reports for fault in report.faults]
+    told = [f"{sum(fault.harms for fault in faults)} faults"]
+    for what in ("drain", "scale down"):
+        if count := sum(fault.kind.startswith(what) for fault in faults):
+            told.append(f"{count} {what}s")
+    return ", ".join(told)
 
 
 def _table(rows: Sequence[Row]) -> Iterable[str]:

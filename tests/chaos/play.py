@@ -7,7 +7,7 @@ import contextlib
 import random
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 
 from chaos import checks
@@ -38,7 +38,7 @@ async def play(
     show: Show = print,
     until: float | None = None,
 ) -> Report:
-    """Play `count` faults.
+    """Play `count` faults, and what is asked for among them.
 
     Args:
         home: for the fleet's files (`TANDEM_HOME`).
@@ -64,6 +64,8 @@ async def play(
     if "nothing left" in scenario.checks:
         wrong += [f"nothing left: {line}" for line in checks.nothing_left(stage.fleet.record.run, memory, found, ports)]
     done = play_.traffic.done
+    found_rows = rows(play_.happened, done, records)
+    wrong += [f"aims: {line}" for aim in scenario.aims if (line := aim.missed(found_rows))]
     return Report(
         scenario=scenario.name,
         seed=seed,
@@ -71,7 +73,7 @@ async def play(
         requests=len(done),
         tokens=play_.traffic.tokens,
         faults=play_.happened,
-        rows=rows(play_.happened, done, records),
+        rows=found_rows,
         moved=moved(done, records),
         errors=dict(checks.codes(done)),
         wrong=wrong,
@@ -98,9 +100,11 @@ class _Play:
         wrong: list[str] = []
         faults = self._scenario.draw(count, self._rng)
         try:
-            for fault in faults:
+            for number, fault in enumerate(faults):
                 if until is not None and time.monotonic() >= until:
                     break
+                if number and number % self._scenario.rest == 0:
+                    wrong += [f"after {number} faults: {line}" for line in await self._rest()]
                 await self._room_for(fault)
                 await self.traffic.progress(self._rng.randint(*self._scenario.between), _PROGRESS_S)
                 await self._begin(fault, len(faults))
@@ -149,10 +153,17 @@ class _Play:
             if happening.problem:
                 self._show(f"  {happening.kind} ({happening.where}): {happening.problem}")
 
-    async def _judge(self) -> list[str]:
+    async def _rest(self) -> list[str]:
+        """Nothing new is asked until everything was looked at that must be empty then."""
+        await self._end_of(list(self._going))
+        await self._stage.whole()
+        async with self.traffic.held():
+            return await self._judge(frozenset({"rooms", "engines", "groups", "leases", "processes"}))
+
+    async def _judge(self, only: Container[str] = checks.ALL_CHECKS) -> list[str]:
         done, stage, scenario = self.traffic.done, self._stage, self._scenario
         wrong: list[str] = []
-        for name in scenario.checks:
+        for name in [name for name in scenario.checks if name in only]:
             self._show(f"{scenario.name}: checking {name}")
             match name:
                 case "answers":

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import msgspec
 
+from chaos.aims import Aim
+from chaos.checks import ALL_CHECKS
 from chaos.client import SILENCE_S
 from chaos.faults import (
     Drain,
@@ -34,7 +36,6 @@ from chaos.side_gateway import fake_time
 from chaos.stage import Shape, spare
 from tandem.core.types import Role
 
-ALL_CHECKS = ("answers", "usage", "rooms", "engines", "groups", "leases", "processes", "nothing left")
 PREFILL, DECODE = Role.PREFILL, Role.DECODE
 
 
@@ -57,15 +58,35 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
     allows: frozenset[str] = frozenset()
     """Codes of errors that an answer may be."""
     checks: tuple[str, ...] = ALL_CHECKS
+    rest: int = 12
+    """After so many faults nothing new is asked and everything is looked at: what an engine has kept would be gone
+    with it when a later fault ends it."""
+    aims: tuple[Aim, ...] = ()
     share: float = 0.0
-    """Of the faults of a long run."""
+    """Of the faults of a long run; where nothing does harm, so many come on top of them."""
+
+    @property
+    def harms(self) -> bool:
+        """Whether any of it is a fault."""
+        return any(fault.harms for fault in self.faults)
+
+    @property
+    def counted(self) -> tuple[Fault, ...]:
+        """Those that do harm; where none does, all."""
+        return tuple(fault for fault in self.faults if fault.harms or not self.harms)
 
     def draw(self, count: int, rng: random.Random) -> list[Fault]:
-        """`count` faults, each as often as the others, in an order of chance."""
-        drawn: list[Fault] = []
-        while len(drawn) < count:
-            drawn += rng.sample(self.faults, len(self.faults))
-        return drawn[:count]
+        """`count` faults, each as often as the others, in an order of chance. Drains and scale-downs come among them,
+        and are not counted where there is anything else."""
+        counted, drawn, left = set(self.counted), list[Fault](), count
+        while left:
+            for fault in rng.sample(self.faults, len(self.faults)):
+                if fault not in counted:
+                    drawn.append(fault)
+                elif left:
+                    drawn.append(fault)
+                    left -= 1
+        return drawn
 
 
 # One group of each role has two ranks, the other one.
@@ -107,6 +128,7 @@ _PLATFORM: tuple[Fault, ...] = (
     *(HitPlatform(which=which, role=role) for which in ("rank actor", "guard", "raylet") for role in Role),
     *(HitPlatform(which="rank actor", role=role, how="freeze") for role in Role),
     *(HitPlatform(which=which) for which in ("GCS", "nursery", "Serve controller")),
+    HitGateway(how="kill"),
     HitGateway(how="freeze"),
     HitController(how="freeze"),
 )
@@ -122,7 +144,7 @@ SCENARIOS: Sequence[Scenario] = (
         overlap=True,
         clients=2,
         pause_s=1.0,
-        share=0.32,
+        share=0.37,
     ),
     Scenario(
         name="front",
@@ -140,7 +162,7 @@ SCENARIOS: Sequence[Scenario] = (
         ),
         clients=2,
         pause_s=1.0,
-        share=0.24,
+        share=0.33,
     ),
     Scenario(
         name="platform",
@@ -150,7 +172,7 @@ SCENARIOS: Sequence[Scenario] = (
         pause_s=1.0,
         # Whoever asked a gateway that stands still hears nothing of it.
         silence_s=20.0,
-        share=0.10,
+        share=0.13,
     ),
     Scenario(
         name="drains",
@@ -160,7 +182,7 @@ SCENARIOS: Sequence[Scenario] = (
         # Engines that start are to have the processors, too: else a hundred drains take an hour.
         pause_s=1.5,
         between=(5, 50),
-        share=0.24,
+        share=0.20,
     ),
     *(
         [
@@ -172,8 +194,10 @@ SCENARIOS: Sequence[Scenario] = (
                     HitRedis(how="kill"),
                     HitRedis(how="empty"),
                     HitRedis(how="hang", seconds=8),
+                    HitRedis(how="slow", seconds=6),
+                    HitGateway(how="kill"),
                 ),
-                share=0.06,
+                share=0.12,
             )
         ]
         if _HAS_REDIS
@@ -185,7 +209,7 @@ SCENARIOS: Sequence[Scenario] = (
                 name="network",
                 shape=Shape(name="chaos-network", groups=2, nodes=1, replicas=1, side=False, apart=True),
                 faults=(HitNetwork(how="drop"), HitNetwork(how="slow"), HitNetwork(how="drop", seconds=20)),
-                share=0.04,
+                share=0.05,
             )
         ]
         if os.geteuid() == 0 and shutil.which("nft") and shutil.which("tc")
@@ -220,7 +244,7 @@ SLICE = Scenario(
         HitWire(role=PREFILL, how="refuse", seconds=1),
         HitWire(role=DECODE, how="stall", seconds=2),
         HitWire(role=PREFILL, how="delay", seconds=2),
-        *((HitRedis(how="hang"), HitRedis(how="kill")) if _HAS_REDIS else ()),
+        *((HitRedis(how="hang"), HitRedis(how="kill"), HitRedis(how="slow")) if _HAS_REDIS else ()),
         *_CLOCK,
         *_DISK,
         Drain(role=PREFILL),
@@ -230,7 +254,7 @@ SLICE = Scenario(
         Orphan(),
     ),
 )
-"""A fault of each kind, for CI."""
+"""A fault of most kinds, for CI: without those that take a minute, or machines of their own."""
 
 DEATHS = Scenario(
     name="deaths",
@@ -246,6 +270,10 @@ DEATHS = Scenario(
         ),
         *(Drain(role=role) for role in Role for _ in range(3)),
     ),
+    aims=(
+        Aim(kinds="kill decode", wait="next_after", within=1.0),
+        Aim(kinds="kill prefill", wait="first", within=2.0),
+    ),
 )
 """Engines die one at a time, each while all other groups are ready: how long do streams wait for their next token?"""
 
@@ -257,6 +285,20 @@ LEAVING = Scenario(
     faults=(Leave(within=1.0), Leave(within=1.0), Leave(within=1.0), Leave(within=1.0), Orphan()),
 )
 """On a fleet that has nothing else to do: how soon are engines idle when their clients have gone?"""
+
+
+def left_out() -> list[str]:
+    """What this machine cannot do, and why."""
+    missing = []
+    if not _CLOCK:
+        missing.append("jumps of the clock: there is no libfaketime")
+    if not _HAS_REDIS:
+        missing.append("all of Redis: there is no redis-server")
+    if not _DISK:
+        missing.append("full disks: only root can make small ones")
+    if all(scenario.name != "network" for scenario in SCENARIOS):
+        missing.append("the network between machines: it takes root, nft and tc")
+    return missing
 
 
 def by_name(name: str) -> Scenario:

@@ -1,4 +1,4 @@
-"""The slice of the chaos suite that CI runs: one fleet, a fault of each kind, all checks."""
+"""The slice of the chaos suite that CI runs: one fleet, a fault of most kinds, all checks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from chaos.stage import home
 @pytest.mark.timeout(1500)  # 4 minutes alone on two cores
 async def test_no_fault_loses_doubles_or_alters_an_answer() -> None:
     with home() as folder:
-        report = await play(SLICE, len(SLICE.faults), 1, home=folder, cache=Path(tempfile.gettempdir()))
+        report = await play(SLICE, len(SLICE.counted), 1, home=folder, cache=Path(tempfile.gettempdir()))
     Console(width=160).print(table(report))
-    assert len(report.faults) >= 20
+    assert sum(fault.harms for fault in report.faults) >= 20
     assert report.wrong == []

@@ -11,10 +11,11 @@ from typing import Any
 import msgspec
 import pytest
 
+from chaos.aims import Aim
 from chaos.checks import miscounted, moved, nothing_left
 from chaos.client import Outcome
 from chaos.engine_faults import Happening
-from chaos.measure import longest, percentile
+from chaos.measure import longest, percentile, rows
 from chaos.scenarios import SCENARIOS, SLICE, Scenario
 from chaos.traffic import References
 from support.fleet import shared_memory
@@ -86,6 +87,29 @@ def test_usage_records_that_do_not_fit_the_answer_are_found(records: list[UsageR
     assert bool(found) == bool(why)
 
 
+REST = msgspec.structs.replace(RECORD, prompt_tokens=0, completion_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("records", "why"),
+    [
+        pytest.param([RECORD], "", id="the first died uncounted"),
+        pytest.param([msgspec.structs.replace(RECORD, completion_tokens=3), REST], "", id="two parts"),
+        pytest.param([RECORD, RECORD], "records tell [8]", id="both counted all of it"),
+        pytest.param([RECORD, REST], "records tell [5]", id="a token counted twice"),
+        pytest.param([msgspec.structs.replace(RECORD, completion_tokens=3)], "records tell [3]", id="a token lost"),
+        pytest.param(
+            [msgspec.structs.replace(RECORD, completion_tokens=2)] * 2, "records tell [18]", id="the prompt twice"
+        ),
+        pytest.param([], "has 0 usage records", id="none"),
+    ],
+)
+def test_records_of_one_answer_of_two_gateways_tell_it_once(records: list[UsageRecord], why: str) -> None:
+    found = miscounted(changed(tries=2), records, REFERENCES, shared=True)
+    assert why in found
+    assert bool(found) == bool(why)
+
+
 @pytest.mark.parametrize(
     ("attempts", "wrong"), [(2, []), (1, ["cut decode leg (decode-0) hit 1 streams, 0 took another pair"])]
 )
@@ -138,8 +162,32 @@ def test_percentiles_are_values_that_occurred() -> None:
 
 @pytest.mark.parametrize("scenario", [*SCENARIOS, SLICE], ids=lambda scenario: scenario.name)
 def test_a_draw_has_every_fault_equally_often(scenario: Scenario) -> None:
-    drawn = scenario.draw(3 * len(scenario.faults), random.Random(1))
+    drawn = scenario.draw(3 * len(scenario.counted), random.Random(1))
     assert all(drawn.count(fault) == 3 * scenario.faults.count(fault) for fault in scenario.faults)
+
+
+@pytest.mark.parametrize("count", [1, 7, 100])
+def test_drains_are_no_faults(count: int) -> None:
+    drawn = SLICE.draw(count, random.Random(1))
+    assert sum(fault.harms for fault in drawn) == count
+    assert any(not fault.harms for fault in drawn)
+
+
+@pytest.mark.parametrize(
+    ("waits", "missed"),
+    [
+        ([0.2, 0.9], ""),
+        ([], ""),
+        ([0.2, 1.2], "kill decode: p99 of the next token after the notice is 1.20 s, not 1 s"),
+    ],
+)
+def test_an_aim_that_is_missed_is_told(waits: list[float], missed: str) -> None:
+    killed = Happening(kind="kill decode leader main", at=10.0, noticed=0.5)
+    found = Aim(kinds="kill decode", wait="next_after", within=1.0).missed(
+        msgspec.structs.replace(row, next_after=waits) for row in rows([killed], [], {})
+    )
+    assert found.startswith(missed)
+    assert bool(found) == bool(missed)
 
 
 LISTEN = """

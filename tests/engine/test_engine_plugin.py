@@ -211,6 +211,34 @@ def test_a_dead_gateways_streams_end_and_anothers_goes_on(pair: EnginePair) -> N
     assert [one.failure.kind for one in ours if isinstance(one, EngineError)] == [FailureKind.ABORTED] * 2
 
 
+async def hurried(pair: EnginePair, number: int) -> int:
+    """Begin a leg on DP rank 1 and abort it at once, again and again until it ends: how often. 0: it did not end."""
+    rid = f"eeeebbbbcccc-{number:03}"
+    leg = asyncio.ensure_future(pair.leg(pair.decode, PROMPT, 2**51 + 2 * number + 1, 1, rid, {}))
+    try:
+        await asyncio.sleep(number % 10 / 1000)
+        for times in range(1, 30):
+            await pair.client.abort(pair.decode.url, rid)
+            if (await asyncio.wait([leg], timeout=0.3))[0]:
+                return times
+        return 0
+    finally:
+        leg.cancel()
+        await asyncio.gather(leg, return_exceptions=True)
+
+
+def test_an_abort_that_overtakes_its_request_is_made_good_by_the_next(pair: EnginePair) -> None:
+    """A request goes straight to its rank, an abort by way of rank 0: on rank 1 it may be there first. SGLang sends no
+    second one by itself."""
+
+    async def ten(start: int) -> list[int]:
+        return await asyncio.gather(*(hurried(pair, start + number) for number in range(10)))
+
+    for start in range(0, 60, 10):
+        assert 0 not in pair.call(ten(start))
+    assert len(pair.generate(PROMPT, ignore_eos=True)) == TOKENS
+
+
 def test_a_prefix_that_is_too_short_ends_nothing(pair: EnginePair) -> None:
     async def abort_while_it_runs() -> list[int]:
         stream = asyncio.ensure_future(pair.both(PROMPT, rid="aaaabbbbcccc-", ignore_eos=True))

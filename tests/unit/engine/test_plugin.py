@@ -110,7 +110,7 @@ class Tokenizer:
         self.told: list[tuple[str, bool]] = []
 
     def abort(self, rid: str = "", abort_all: bool = False) -> None:
-        reap.abort_by_prefix(Tokenizer.original, self, rid=rid, abort_all=abort_all)
+        reap.abort(Tokenizer.original, self, rid=rid, abort_all=abort_all)
 
     def original(self, rid: str = "", abort_all: bool = False) -> None:
         if rid in self.rid_to_state:
@@ -126,11 +126,12 @@ def test_a_star_ends_every_request_of_that_prefix_and_no_other() -> None:
     assert engine.told == [("aaaabbbbcccc-1", False), ("aaaabbbbcccc-2", False)]
 
 
-def test_it_may_be_repeated_until_the_requests_are_gone() -> None:
+@pytest.mark.parametrize("rid", ["aaaabbbbcccc-*", "aaaabbbbcccc-1"])
+def test_an_abort_may_be_repeated_until_its_requests_are_gone(rid: str) -> None:
     engine = Tokenizer("aaaabbbbcccc-1")
-    engine.abort("aaaabbbbcccc-*")
-    engine.abort("aaaabbbbcccc-*")
-    assert len(engine.told) == 2
+    engine.abort(rid)
+    engine.abort(rid)
+    assert engine.told == [("aaaabbbbcccc-1", False)] * 2
 
 
 @pytest.mark.parametrize("rid", ["*", "aaaabbb*"])

@@ -54,7 +54,7 @@ def everywhere() -> tuple[Hook, ...]:
             grammars.before_prefills_token,
             "before",
         ),
-        Hook(f"{tokenizer}.abort_request", reap.abort_by_prefix, "around"),
+        Hook(f"{tokenizer}.abort_request", reap.abort, "around"),
         Hook(f"{tokenizer}.auto_create_handle_loop", progress.serving, "after"),
         Hook(f"{scheduler}.ingest_requests", progress.turn, "before"),
         Hook(f"{scheduler}.ingest_requests", bootstrap.turn, "before"),

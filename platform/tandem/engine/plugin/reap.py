@@ -1,6 +1,9 @@
-"""One call ends all requests of a gateway that died: `POST /abort_request {"rid": "<incarnation>-*"}`.
+"""An abort reaches what it is meant for: it may be repeated, and one call ends all requests of a gateway that died.
 
-SGLang's own abort of an id that it does not know does nothing, so a prefix never reaches the schedulers by itself.
+A request goes straight to the process of its DP rank, an abort by way of rank 0, so on any other rank the abort may be
+there first, where nobody knows the request yet: it is forgotten. SGLang sends one abort for each request and drops all
+further ones, and the request would wait for its KV until a time-out. And SGLang's abort of an id that it does not know
+does nothing, so a prefix (`POST /abort_request {"rid": "<incarnation>-*"}`) never reaches the schedulers by itself.
 """
 
 from __future__ import annotations
@@ -15,9 +18,12 @@ LEAST = 8
 _log = logging.getLogger(__name__)
 
 
-def abort_by_prefix(original: Callable[..., None], self: Any, rid: str = "", abort_all: bool = False) -> None:
-    """Around `TokenizerManager.abort_request`: a `rid` that ends with `*` means every request that begins so."""
+def abort(original: Callable[..., None], self: Any, rid: str = "", abort_all: bool = False) -> None:
+    """Around `TokenizerManager.abort_request`: each call is sent on, and a `rid` that ends with `*` means every request
+    that begins so."""
     if abort_all or not rid.endswith("*"):
+        if not abort_all and rid in self.rid_to_state:
+            self.rid_to_state[rid].abort_sent = False
         original(self, rid=rid, abort_all=abort_all)
         return
     prefix = rid[:-1]
@@ -26,7 +32,6 @@ def abort_by_prefix(original: Callable[..., None], self: Any, rid: str = "", abo
         return
     ours = [one for one in self.rid_to_state if one.startswith(prefix)]
     for one in ours:
-        # SGLang tells the schedulers once, and an abort that overtakes its request is lost: this one may be repeated.
         self.rid_to_state[one].abort_sent = False
         original(self, rid=one)
     if ours:
