@@ -56,6 +56,8 @@ def test_a_killed_rank_brings_its_group_back_at_the_next_epoch_and_no_other(
     until_answering(fleet)
     before, other = fleet.group(victim), fleet.group(bystander)
     os.kill(before["ranks"][rank]["pid"], signal.SIGKILL)
+    # There is no other group of its role: who asks meanwhile waits for this one.
+    assert fleet.complete(PROMPT, 8) == oracle.complete(PROMPT, 8)
     fleet.until("the next epoch is ready", lambda: _ready_at(fleet, victim, before["epoch"] + 1), BACK_S)
     assert not set(pids(fleet.group(victim))) & set(pids(before))
     assert pids(fleet.group(bystander)) == pids(other)

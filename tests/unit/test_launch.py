@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from tandem.core.heartbeat import Limits
 from tandem.core.layout import GroupLayout, plan_group
 from tandem.core.types import Role
 from tandem.engine.launch import (
@@ -52,7 +53,7 @@ def test_a_laptops_prefill_leader() -> None:
         " --nnodes 2 --node-rank 0 --dist-init-addr 127.0.0.1:31000 --tp-size 2 --ep-size 2"
         " --attn-dp-size 2 --moe-dense-tp-size 1 --moe-a2a-backend deepep --deepep-mode normal"
         " --disaggregation-mode prefill --disaggregation-transfer-backend nixl --disaggregation-bootstrap-port 8998"
-        " --dtype float32 --page-size 1 --max-total-tokens 8192 --incremental-streaming-output"
+        " --dtype float32 --page-size 1 --max-total-tokens 8192 --watchdog-timeout 3600 --incremental-streaming-output"
         " --device cpu --attention-backend torch_native --sleep-on-idle --skip-server-warmup"
         " --disable-overlap-schedule"
     )
@@ -64,7 +65,7 @@ def test_a_laptops_decode_leader() -> None:
         " --nnodes 2 --node-rank 0 --dist-init-addr 127.0.0.1:31000 --tp-size 2 --ep-size 2"
         " --attn-dp-size 2 --moe-dense-tp-size 1 --moe-a2a-backend deepep --deepep-mode normal"
         " --disaggregation-mode decode --disaggregation-transfer-backend nixl"
-        " --dtype float32 --page-size 1 --max-total-tokens 8192 --incremental-streaming-output"
+        " --dtype float32 --page-size 1 --max-total-tokens 8192 --watchdog-timeout 3600 --incremental-streaming-output"
         " --device cpu --attention-backend torch_native --sleep-on-idle --skip-server-warmup"
         " --disable-overlap-schedule"
     )
@@ -82,7 +83,7 @@ def test_r1s_prefill_over_four_nodes() -> None:
         " --nnodes 4 --node-rank 3 --dist-init-addr 10.0.0.1:31000 --tp-size 32 --ep-size 32"
         " --attn-dp-size 32 --moe-dense-tp-size 1 --enable-dp-lm-head --moe-a2a-backend deepep --deepep-mode normal"
         " --disaggregation-mode prefill --disaggregation-transfer-backend nixl --disaggregation-bootstrap-port 8998"
-        " --dtype bfloat16 --page-size 64 --incremental-streaming-output"
+        " --dtype bfloat16 --page-size 64 --watchdog-timeout 3600 --incremental-streaming-output"
     )
 
 
@@ -93,7 +94,7 @@ def test_r1s_decode_over_eighteen_nodes() -> None:
         " --attn-dp-size 144 --moe-dense-tp-size 1 --enable-dp-lm-head --moe-a2a-backend deepep"
         " --deepep-mode low_latency --ep-num-redundant-experts 32"
         " --disaggregation-mode decode --disaggregation-transfer-backend nixl"
-        " --dtype bfloat16 --page-size 64 --incremental-streaming-output"
+        " --dtype bfloat16 --page-size 64 --watchdog-timeout 3600 --incremental-streaming-output"
     )
 
 
@@ -106,6 +107,11 @@ def test_a_single_gpu_gets_no_flag_of_a_group() -> None:
 
 def test_an_own_kv_pool_is_told_to_a_gpu_too() -> None:
     assert "--max-total-tokens 65536" in arguments(msgspec.structs.replace(R1_PREFILL, max_total_tokens=65536))
+
+
+def test_sglangs_watchdog_is_later_than_every_judgement_of_ours() -> None:
+    words = arguments(R1_DECODE).split()
+    assert float(words[words.index("--watchdog-timeout") + 1]) > Limits().patient_s
 
 
 def test_extra_flags_come_last_and_so_win() -> None:

@@ -198,6 +198,9 @@ FLAGS: tuple[_Row, ...] = (
     _Row("--dtype", lambda x: x.plan.dtype, _always),
     _Row("--page-size", lambda x: x.plan.page_size, _always),
     _Row("--max-total-tokens", _kv_pool, _always),
+    # Seconds. Hangs are noticed by the rank's actor, which lets kernels be compiled for half an hour
+    # (`core/heartbeat.py`); SGLang's own watchdog ends a scheduler after 300 s of one batch, whatever it does.
+    _Row("--watchdog-timeout", 3600, _always),
     # What is cached where, for the router.
     _Row("--kv-events-config", _kv_events, _publishes_kv),
     # Without it every event of a stream repeats all its tokens so far.

@@ -35,8 +35,16 @@ class ApiError(Exception):
         self.code = code
         self.retry_after = retry_after
 
-    def body(self) -> bytes:
-        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+    def body(self, *, in_stream: bool = False) -> bytes:
+        """`in_stream`: there is no header to say when to try again."""
+        error: dict[str, object] = {
+            "message": self.message,
+            "type": self.type,
+            "param": self.param,
+            "code": self.code,
+        }
+        if in_stream and self.retry_after:
+            error["retry_after"] = max(1, math.ceil(self.retry_after))
         return msgspec.json.encode({"error": error})
 
     def headers(self) -> list[tuple[bytes, bytes]]:

@@ -38,7 +38,7 @@ def usage_object(usage: Usage, *, chat: bool) -> dict[str, Any]:
 
 def error_event(error: ApiError) -> bytes:
     """An error in the middle of a stream, as the OpenAI SDKs look for it."""
-    return b"data: " + error.body() + b"\n\n"
+    return b"data: " + error.body(in_stream=True) + b"\n\n"
 
 
 class Writer(Protocol):
