@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from tandem.core.pair_events import (
     AbortLeg,
+    Action,
     ClientGone,
     Deliver,
     Event,
@@ -56,9 +57,9 @@ kinds = st.sampled_from(FAILURES)
 class Pairs(RuleBasedStateMachine):
     """A faulty world around the table; `self.running` is what the engines still work on."""
 
-    def __init__(self) -> None:
+    def __init__(self, table: type[PairTable] = PairTable) -> None:
         super().__init__()
-        self.table = PairTable(retries=RETRIES, linger_s=1)
+        self.table = table(retries=RETRIES, linger_s=1)
         self.now = 0.0
         self.names = itertools.count()
         self.room_numbers = itertools.count(1)
@@ -391,12 +392,30 @@ WEIGHTS = {
 @pytest.mark.parametrize("batch", range(2))
 def test_long_random_walks_keep_the_same_promises(batch: int) -> None:
     """Hypothesis finds and shrinks the odd sequence; this covers the busy ones, in volume."""
-    for walk in range(WALKS):
-        dice = random.Random(batch * WALKS + walk)
-        world = Pairs()
-        for rule_name in dice.choices(list(WEIGHTS), list(WEIGHTS.values()), k=STEPS):
-            world.step(rule_name, dice)
-            world.the_table_knows_what_the_world_knows()
-            world.nothing_runs_on_where_nothing_runs()
-            world.every_client_has_beginnings_of_its_rooms_streams_one_behind_the_other()
-        world.teardown()
+    for number in range(WALKS):
+        walk(batch * WALKS + number)
+
+
+def walk(seed: int, table: type[PairTable] = PairTable) -> None:
+    dice = random.Random(seed)
+    world = Pairs(table)
+    for rule_name in dice.choices(list(WEIGHTS), list(WEIGHTS.values()), k=STEPS):
+        world.step(rule_name, dice)
+        world.the_table_knows_what_the_world_knows()
+        world.nothing_runs_on_where_nothing_runs()
+        world.every_client_has_beginnings_of_its_rooms_streams_one_behind_the_other()
+    world.teardown()
+
+
+class ForgetsTheEpoch(PairTable):
+    """What was lost before a pair is found is as good as any other: the simulator cannot see this, as nothing happens
+    there between the question and the pair (`unit/sim/test_mutations.py` has all other mutations)."""
+
+    def _opened(self, event: Opened, now: float) -> list[Action]:
+        self._lost.clear()
+        return super()._opened(event, now)
+
+
+def test_a_table_that_forgets_the_epoch_is_caught() -> None:
+    with pytest.raises(AssertionError, match="sent to a group that is down"):
+        walk(0, ForgetsTheEpoch)
