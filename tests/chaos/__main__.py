@@ -33,7 +33,13 @@ def main(
 ) -> None:
     """Kill, stop and cut off parts of real fleets under traffic, and check that nothing is lost, doubled or altered."""
     console = Console()
-    chosen = [by_name(name) for name in scenario] if scenario else list(SCENARIOS)
+    chosen = [
+        msgspec.structs.replace(one, faults=few, aims=() if kind else one.aims)
+        for one in ([by_name(name) for name in scenario] if scenario else SCENARIOS)
+        if (few := tuple(fault for fault in one.faults if kind in fault.kind))
+    ]
+    if not chosen:
+        raise typer.BadParameter(f"there is no fault whose kind has {kind!r} in it", param_hint="--kind")
     for line in left_out():
         console.print(f"[yellow]left out:[/] {line}", highlight=False)
     cache = Path(tempfile.gettempdir())
@@ -46,9 +52,7 @@ def main(
                 status.update(line)
                 console.log(line)
 
-            few = tuple(fault for fault in one.faults if kind in fault.kind)
-            wanted = msgspec.structs.replace(one, faults=few, aims=() if kind else one.aims)
-            report = asyncio.run(play(wanted, count, seed, home=folder, cache=cache, keep=keep, show=show, until=until))
+            report = asyncio.run(play(one, count, seed, home=folder, cache=cache, keep=keep, show=show, until=until))
         reports.append(report)
         console.print(table(report))
         for line in report.wrong:
@@ -60,11 +64,12 @@ def main(
 
 def _counts(chosen: list[Scenario], faults: int) -> list[tuple[Scenario, int]]:
     """How many faults each scenario gets, at least one: together no fewer than wanted. Where nothing does harm, its
-    share comes on top of them."""
+    share comes on top of theirs, if there are any."""
     shares = {scenario.name: scenario.share or 1.0 for scenario in chosen}
-    whole = sum(shares[scenario.name] for scenario in chosen if scenario.harms) or 1.0
+    whole = sum(shares[scenario.name] for scenario in chosen if scenario.harms)
+    on_top = 1.0 if whole else sum(shares.values())
     return [
-        (scenario, max(1, math.ceil(faults * shares[scenario.name] / (whole if scenario.harms else 1.0))))
+        (scenario, max(1, math.ceil(faults * shares[scenario.name] / (whole if scenario.harms else on_top))))
         for scenario in chosen
     ]
 

@@ -16,7 +16,7 @@ import orjson
 import psutil
 
 from chaos.client import Outcome
-from chaos.engine_faults import Happening
+from chaos.engine_faults import Happening, title
 from chaos.idle import all_idle, loads
 from chaos.stage import Stage
 from chaos.traffic import References
@@ -70,16 +70,24 @@ async def usage(stage: Stage, done: Iterable[Outcome], references: References) -
     """
     done = list(done)
     ends = time.monotonic() + _RECORD_S
-    found = records(stage)
-    while any(not found.get(one.name) for one in done) and time.monotonic() < ends:
-        await asyncio.sleep(0.2)
+    while True:
         found = records(stage)
-    return [
-        why
-        for one in done
-        # The side gateway keeps its answers to itself.
-        if (why := miscounted(one, found.get(one.name, []), references, shared=bool(stage.redis) and not one.side))
-    ]
+        wrong = [
+            why
+            for one in done
+            # The side gateway keeps its answers to itself, and who means to leave has none kept.
+            if (
+                why := miscounted(
+                    one,
+                    found.get(one.name, []),
+                    references,
+                    shared=bool(stage.redis) and not one.side and not one.left,
+                )
+            )
+        ]
+        if not wrong or time.monotonic() > ends:
+            return wrong
+        await asyncio.sleep(0.2)
 
 
 def miscounted(one: Outcome, mine: list[UsageRecord], references: References, *, shared: bool = False) -> str:
@@ -93,7 +101,7 @@ def miscounted(one: Outcome, mine: list[UsageRecord], references: References, *,
     if shared:
         counted, prompts = [sum(counted)], [sum(prompts)]
     if one.left:
-        right = max(counted) >= len(one.tokens) and mine[0].outcome == "client_gone"
+        right = max(counted) >= len(one.tokens) and any(record.outcome == "client_gone" for record in mine)
     else:
         right = len(one.tokens) in counted or one.usage.get("completion_tokens") in counted
     if not right:
@@ -120,7 +128,10 @@ async def rooms(stage: Stage) -> list[str]:
     wrong = []
     ends = time.monotonic() + SETTLE_S
     while True:
-        wrong = [line for state in await _gateways(stage) for line in _open(state)]
+        try:
+            wrong = [line for state in await _gateways(stage) for line in _open(state)]
+        except HttpFailure as error:
+            wrong = [f"a gateway does not tell what it has open: {error}"]
         if not wrong or time.monotonic() > ends:
             return wrong
         await asyncio.sleep(_LOOK_S)
@@ -250,16 +261,14 @@ async def processes(stage: Stage) -> list[str]:
     known: set[int] = set()
     for group in stage.watch.groups.values():
         for rank in group.ranks:
-            main = psutil.Process(rank.pid)
-            known |= {main.pid, *(child.pid for child in main.children(recursive=True))}
-    strays = []
-    for process in stage.fleet.processes():
-        if process.pid in known or not process.is_running():
-            continue
-        command = " ".join(process.cmdline())
-        if command.startswith("sglang::"):
-            strays.append(f"process {process.pid} ({command}) belongs to no group")
-    return strays
+            with contextlib.suppress(psutil.NoSuchProcess):  # then the group is not ready, which another check tells
+                main = psutil.Process(rank.pid)
+                known |= {main.pid, *(child.pid for child in main.children(recursive=True))}
+    return [
+        f"process {process.pid} ({command}) belongs to no group"
+        for process in stage.fleet.processes()
+        if process.pid not in known and (command := title(process)).startswith("sglang::")
+    ]
 
 
 def nothing_left(run: str, before: set[str], found: list[psutil.Process], ports: set[int]) -> list[str]:

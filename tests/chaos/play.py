@@ -101,10 +101,10 @@ class _Play:
         faults = self._scenario.draw(count, self._rng)
         try:
             for number, fault in enumerate(faults):
-                if until is not None and time.monotonic() >= until:
-                    break
                 if number and number % self._scenario.rest == 0:
                     wrong += [f"after {number} faults: {line}" for line in await self._rest()]
+                if until is not None and time.monotonic() >= until:
+                    break
                 await self._room_for(fault)
                 await self.traffic.progress(self._rng.randint(*self._scenario.between), _PROGRESS_S)
                 await self._begin(fault, len(faults))

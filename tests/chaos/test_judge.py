@@ -11,12 +11,13 @@ from typing import Any
 import msgspec
 import pytest
 
+from chaos.__main__ import _counts
 from chaos.aims import Aim
 from chaos.checks import miscounted, moved, nothing_left
 from chaos.client import Outcome
 from chaos.engine_faults import Happening
 from chaos.measure import longest, percentile, rows
-from chaos.scenarios import SCENARIOS, SLICE, Scenario
+from chaos.scenarios import SCENARIOS, SLICE, Scenario, by_name
 from chaos.traffic import References
 from support.fleet import shared_memory
 from tandem.core.usage import UsageRecord
@@ -120,6 +121,12 @@ def test_a_stream_that_was_cut_must_have_moved(attempts: int, wrong: list[str]) 
     assert moved([cut], [stream], found) == wrong
 
 
+def test_of_tries_that_share_nothing_one_may_be_cut_short() -> None:
+    gone = msgspec.structs.replace(RECORD, completion_tokens=2, outcome="client_gone")
+    left = changed(left=True, tokens=[1, 2], tries=2)
+    assert miscounted(left, [RECORD, gone], REFERENCES) == ""
+
+
 def test_who_left_may_have_a_part() -> None:
     assert REFERENCES.fault(changed(left=True, tokens=[1, 2], text="ab", finish="", usage={})) == ""
 
@@ -164,6 +171,18 @@ def test_percentiles_are_values_that_occurred() -> None:
 def test_a_draw_has_every_fault_equally_often(scenario: Scenario) -> None:
     drawn = scenario.draw(3 * len(scenario.counted), random.Random(1))
     assert all(drawn.count(fault) == 3 * scenario.faults.count(fault) for fault in scenario.faults)
+
+
+@pytest.mark.parametrize(
+    ("names", "counts"),
+    [
+        pytest.param(["drains"], [100], id="drains alone"),
+        pytest.param(["front"], [100], id="faults alone"),
+        pytest.param(["engines", "drains"], [100, 20], id="drains come on top"),
+    ],
+)
+def test_faults_are_dealt_out_by_shares(names: list[str], counts: list[int]) -> None:
+    assert [count for _, count in _counts([by_name(name) for name in names], 100)] == counts
 
 
 @pytest.mark.parametrize("count", [1, 7, 100])

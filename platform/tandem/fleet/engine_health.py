@@ -102,7 +102,7 @@ class ProgressCheck:
     """Looks whether an engine's processes get on with their work.
 
     A scheduler that is stuck in a collective or a kernel is there and was not stopped: only what it writes itself
-    tells. SGLang's own watchdog needs 300 s.
+    tells. SGLang's own watchdog would need minutes, and is set to come last (`engine/launch.py`).
     """
 
     def __init__(self, folder: Path, limits: Limits) -> None:

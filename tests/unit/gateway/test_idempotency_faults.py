@@ -192,6 +192,7 @@ async def test_who_was_told_the_end_takes_no_answer_over_while_it_still_reads(mo
             await two.until(lambda: journal.states == [AnswerState.DONE])
             read.set()
         assert (await second).text() == "hi there, you all"
+        await two.until(lambda: bool(two.records))
         assert [record.completion_tokens for record in two.records] == [len(WHOLE)]
 
 

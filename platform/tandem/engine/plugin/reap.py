@@ -1,9 +1,10 @@
 """An abort reaches what it is meant for: it may be repeated, and one call ends all requests of a gateway that died.
 
-A request goes straight to the process of its DP rank, an abort by way of rank 0, so on any other rank the abort may be
-there first, where nobody knows the request yet: it is forgotten. SGLang sends one abort for each request and drops all
-further ones, and the request would wait for its KV until a time-out. And SGLang's abort of an id that it does not know
-does nothing, so a prefix (`POST /abort_request {"rid": "<incarnation>-*"}`) never reaches the schedulers by itself.
+A request goes straight to the process of its DP rank, an abort by way of rank 0. So on any other rank the abort may be
+there first (anywhere, when it comes before its request was sent on): nobody knows the request yet, and the abort is
+forgotten. SGLang sends one abort for each request and drops all further ones: such a request would wait for its KV
+until a time-out. And SGLang's abort of an id that it does not know does nothing, so a prefix (`POST /abort_request
+{"rid": "<incarnation>-*"}`) never reaches the schedulers by itself.
 """
 
 from __future__ import annotations

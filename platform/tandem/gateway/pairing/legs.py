@@ -32,7 +32,8 @@ log = logging.getLogger(__name__)
 ABORT_TRIES = 4
 ABORT_WAIT_S = 0.5
 """After an abort the engine ends the stream itself. One that does not within this time may not have known the request
-yet (SGLang forgets an abort that overtakes its request): it is told again, and in the end the connection is closed."""
+yet (SGLang forgets an abort that overtakes its request): it is told again, and in the end the connection is closed.
+SGLang looks for closed connections every few seconds, and then aborts by itself."""
 DRAIN_S = 1.0
 """What follows the last token (`[DONE]`) must come so soon, or the connection is not used again."""
 ERROR_BYTES = 2**20
