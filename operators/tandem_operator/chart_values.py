@@ -91,7 +91,10 @@ class NetworkPolicies(Section):
 
     create: bool = Field(True, description="For the operator, and for the pods of the release's fleet.")
     clients: tuple[dict[str, Any], ...] = Field((), description="Who may talk to the gateway; none = everyone.")
-    monitoring: tuple[dict[str, Any], ...] = Field((), description="Who may read metrics; none = everyone.")
+    monitoring: tuple[dict[str, Any], ...] = Field(
+        (),
+        description="Who may read metrics; none = everyone, but of gateways only their clients, where these are named.",
+    )
     operators: tuple[dict[str, Any], ...] = Field(
         (), description="Who may steer the fleet (FleetControl), beside the release's own operator."
     )

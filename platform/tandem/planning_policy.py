@@ -31,7 +31,8 @@ def pool_policy(
     start_s: float,
     paused: bool = False,
 ) -> PoolPolicy:
-    """Of one pool; `ttft_s` and `itl_s` are the fleet's own aims (`routing`), `start_s` is `timeouts.group_start_s`.
+    """Of one pool; `ttft_s` and `itl_s` are the fleet's own aims (a Fleet's `slo`, or `routing`), `start_s` is
+    `timeouts.group_start_s`.
 
     None for `autoscaling` is a pool whose number somebody else decides.
     """
@@ -56,22 +57,11 @@ def pool_policy(
 
 
 def plan_policy(prefill: PoolPolicy, decode: PoolPolicy, planning: PlanningConfig) -> PlanPolicy:
-    """Of both pools together.
-
-    Raises ValueError if the budget cannot hold the least groups of the pools that scale by themselves.
-    """
-    budget = planning.gpu_budget
-    pools = [pool for pool in (prefill, decode) if pool.automatic]
-    least = sum(pool.min_groups * pool.gpus_per_group for pool in pools)
-    if budget is not None and least > budget:
-        raise ValueError(
-            f"planning.gpu_budget ({budget}) cannot hold the pools' min_groups, which take {least} GPUs: "
-            "raise the budget or lower min_groups"
-        )
+    """Of both pools together."""
     return PlanPolicy(
         prefill=prefill,
         decode=decode,
-        gpu_budget=budget,
+        gpu_budget=planning.gpu_budget,
         tick_s=planning.tick_s,
         fast_window_s=planning.fast_window_s,
         slow_window_s=planning.slow_window_s,
@@ -80,7 +70,11 @@ def plan_policy(prefill: PoolPolicy, decode: PoolPolicy, planning: PlanningConfi
 
 
 def policy_of(config: FleetConfig) -> PlanPolicy:
-    """Of a fleet by its `fleet.yaml`; raises ValueError as `plan_policy` does."""
+    """Of a fleet by its `fleet.yaml`.
+
+    Raises ValueError if the budget cannot hold the least groups of the pools that scale by themselves. (Of a Fleet
+    the operator says that, and goes on with pools that somebody has changed since.)
+    """
     pools = {
         role: pool_policy(
             role,
@@ -92,6 +86,13 @@ def policy_of(config: FleetConfig) -> PlanPolicy:
         )
         for role, pool in ((Role.PREFILL, config.prefill), (Role.DECODE, config.decode))
     }
+    budget = config.planning.gpu_budget
+    least = sum(pool.min_groups * pool.gpus_per_group for pool in pools.values() if pool.automatic)
+    if budget is not None and least > budget:
+        raise ValueError(
+            f"planning.gpu_budget ({budget}) cannot hold the pools' min_groups, which take {least} GPUs: "
+            "raise the budget or lower min_groups"
+        )
     return plan_policy(pools[Role.PREFILL], pools[Role.DECODE], config.planning)
 
 

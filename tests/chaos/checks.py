@@ -21,7 +21,7 @@ from chaos.idle import all_idle, loads
 from chaos.stage import Stage
 from chaos.traffic import References
 from chaos.watch import NotInTime
-from tandem.core.types import GatewayReplica, Group
+from tandem.core.types import GatewayReplica
 from tandem.core.usage import UsageRecord
 from tandem.engine.http1 import HttpFailure, Pool
 from tandem.fleet.run_folder import RUN_VARIABLE
@@ -177,11 +177,11 @@ async def engines(stage: Stage) -> list[str]:
     pool = Pool()
     wrong = []
     try:
-        for group in stage.watch.groups.values():
-            status, body = await pool.fetch("POST", f"{group.url}/flush_cache", within=20)
+        for name, url in stage.ready_urls.items():
+            status, body = await pool.fetch("POST", f"{url}/flush_cache", within=20)
             if status != 200:
-                wrong.append(f"{group.group} does not flush its cache: {body[:200].decode(errors='replace')}")
-            wrong += await _kv_left(pool, group)
+                wrong.append(f"{name} does not flush its cache: {body[:200].decode(errors='replace')}")
+            wrong += await _kv_left(pool, name, url)
     except HttpFailure as error:
         wrong.append(str(error))
     finally:
@@ -189,16 +189,14 @@ async def engines(stage: Stage) -> list[str]:
     return wrong
 
 
-async def _kv_left(pool: Pool, group: Group) -> list[str]:
+async def _kv_left(pool: Pool, name: str, url: str) -> list[str]:
     ends = time.monotonic() + 5
     while True:
-        left = {load.get("dp_rank", 0): load.get("num_used_tokens", 0) for load in await loads(pool, group.url)}
+        left = {load.get("dp_rank", 0): load.get("num_used_tokens", 0) for load in await loads(pool, url)}
         if not any(left.values()):
             return []
         if time.monotonic() > ends:
-            return [
-                f"{group.group} keeps KV of {tokens} tokens on DP {rank}" for rank, tokens in left.items() if tokens
-            ]
+            return [f"{name} keeps KV of {tokens} tokens on DP {rank}" for rank, tokens in left.items() if tokens]
         await asyncio.sleep(0.1)
 
 

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Container
 from pathlib import Path
 
+import psutil
+
 from chaos import checks
 from chaos.engine_faults import Happening
 from chaos.faults import Fault
@@ -21,6 +23,8 @@ from chaos.stage import WHOLE_S, Stage, staged
 from chaos.traffic import References, Traffic, take_references
 from chaos.watch import NotInTime
 from support.fleet import shared_memory
+from tandem.engine.http1 import HttpFailure
+from tandem.state import StoreError
 
 Show = Callable[[str], None]
 _PROGRESS_S = 90.0
@@ -161,30 +165,35 @@ class _Play:
             return await self._judge(frozenset({"rooms", "engines", "groups", "leases", "processes"}))
 
     async def _judge(self, only: Container[str] = checks.ALL_CHECKS) -> list[str]:
-        done, stage, scenario = self.traffic.done, self._stage, self._scenario
-        wrong: list[str] = []
+        scenario, wrong = self._scenario, list[str]()
         for name in [name for name in scenario.checks if name in only]:
             self._show(f"{scenario.name}: checking {name}")
-            match name:
-                case "answers":
-                    found = checks.answers(done, self._references, scenario.allows)
-                    found += [f"{name} has not ended" for name in self.traffic.running]
-                case "usage":
-                    found = await checks.usage(stage, done, self._references)
-                case "rooms":
-                    found = await checks.rooms(stage)
-                case "engines":
-                    found = await checks.engines(stage)
-                case "groups":
-                    found = await checks.groups(stage)
-                case "leases":
-                    found = await checks.leases(stage)
-                case "processes":
-                    found = await checks.processes(stage)
-                case _:  # after the fleet has stopped
-                    continue
+            try:
+                found = await self._look(name)
+            except (HttpFailure, StoreError, psutil.Error, OSError) as error:
+                found = [f"this could not be looked at: {error!r}"]
             wrong += [f"{name}: {line}" for line in found]
         return wrong
+
+    async def _look(self, check: str) -> list[str]:
+        stage, done = self._stage, self.traffic.done
+        match check:
+            case "answers":
+                found = checks.answers(done, self._references, self._scenario.allows)
+                return [*found, *(f"{name} has not ended" for name in self.traffic.running)]
+            case "usage":
+                return await checks.usage(stage, done, self._references)
+            case "rooms":
+                return await checks.rooms(stage)
+            case "engines":
+                return await checks.engines(stage)
+            case "groups":
+                return await checks.groups(stage)
+            case "leases":
+                return await checks.leases(stage)
+            case "processes":
+                return await checks.processes(stage)
+        return []  # that is looked at after the fleet has stopped
 
 
 def _keep(stage: Stage, folder: Path) -> None:

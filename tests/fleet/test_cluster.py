@@ -111,6 +111,21 @@ async def test_a_node_that_dies_is_replaced(folder: Path) -> None:
         cluster.stop()
 
 
+async def test_a_node_that_was_added_later_is_replaced_too(folder: Path) -> None:
+    cluster = LocalCluster.start(folder, 1)
+    try:
+        tending = asyncio.create_task(cluster.tend())
+        await asyncio.sleep(0)  # it waits for deaths among the nodes of now
+        cluster.grow(2)
+        gcs, head, node = cluster.pids
+        os.kill(node, signal.SIGKILL)
+        await until(lambda: node not in cluster.pids and len(cluster.pids) == 3)
+        assert cluster.pids[:2] == [gcs, head]
+        tending.cancel()
+    finally:
+        cluster.stop()
+
+
 async def test_a_gcs_that_dies_is_replaced_and_nodes_and_actors_live_on(folder: Path) -> None:
     cluster = LocalCluster.start(folder, 2)
     try:

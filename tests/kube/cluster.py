@@ -24,6 +24,8 @@ from kube.kubelet.rest import Object, Rest, path
 from kube.network import ClusterNetwork
 
 _PREFIX = "tandem-kube"
+SOON = 240.0
+"""Seconds that the slowest machine needs for what is not a matter of time."""
 _LOOK_S = 0.5
 """How often `wait` looks again when nothing that the kubelet watches has changed."""
 
@@ -154,8 +156,8 @@ class Cluster:
         """A fresh namespace; at the end its pods are killed and it is deleted, which goes on in the background."""
         name = f"{prefix}-{next(self._numbers)}"
         self.rest.persist("POST", path("namespaces"), {"metadata": {"name": name}})
-        self.wait(lambda: self.get("serviceaccounts", "default", name), 30, "the default service account")
-        self.wait(lambda: self.get("configmaps", "kube-root-ca.crt", name), 30, "the certificate of the API server")
+        self.wait(lambda: self.get("serviceaccounts", "default", name), 120, "the default service account")
+        self.wait(lambda: self.get("configmaps", "kube-root-ca.crt", name), 120, "the certificate of the API server")
         try:
             yield name
         finally:

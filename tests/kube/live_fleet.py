@@ -21,7 +21,7 @@ import httpx2
 from chaos.client import Outcome
 from chaos.recipes import RECIPES, Expected
 from chaos.traffic import References, Traffic, take_references
-from kube.cluster import Cluster
+from kube.cluster import SOON, Cluster
 from kube.kubelet import Image
 from support.helm import CHART, helm
 from tandem.fleet.control_client import ControlClient
@@ -281,6 +281,6 @@ def install(
 def uninstall(fleet: LiveFleet) -> None:
     """Remove the fleet, and when its groups have gone, for which they need an operator, the release. CRDs stay, as Helm
     has it."""
-    fleet.kubectl("delete", "fleet", NAME, "--wait=true", "--timeout=90s")
-    fleet.cluster.wait(lambda: not fleet.kubectl("get", "epp,epg", "-o", "name"), 90, "pools and groups are gone")
+    fleet.kubectl("delete", "fleet", NAME, "--wait=true", f"--timeout={SOON:g}s")
+    fleet.cluster.wait(lambda: not fleet.kubectl("get", "epp,epg", "-o", "name"), SOON, "pools and groups are gone")
     helm("uninstall", "tandem", "--namespace", fleet.namespace, kubeconfig=fleet.cluster.kubeconfig)

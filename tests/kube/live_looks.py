@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kube.cluster import SOON
 from kube.live_fleet import NAME, LiveFleet
 from tandem.core.types import FleetSnapshot, GroupState
 from tandem.fleet.control_client import ControlError
@@ -63,7 +64,7 @@ def replaced(fleet: LiveFleet, pod: str) -> None:
     """Delete a pod, and wait until another one of its name is ready."""
     before = uid(fleet, pod)
     fleet.kubectl("delete", "pod", pod, "--wait=false")
-    until(fleet, lambda: uid(fleet, pod) not in ("", before) and fleet.cluster.ready(pod, fleet.namespace), 90)
+    until(fleet, lambda: uid(fleet, pod) not in ("", before) and fleet.cluster.ready(pod, fleet.namespace), SOON)
 
 
 def remembered(fleet: LiveFleet) -> set[str]:

@@ -13,7 +13,7 @@ LABEL = "app.kubernetes.io/component=operator"
 BACKOFF_S = 0.1
 """Of pods that are to be back 3 s after a death at the latest, however often they died."""
 _LEASE, _LEASES = "tandem-operator", "coordination.k8s.io/v1"
-_LEADS_WITHIN_S = 45
+_LEADS_WITHIN_S = 90
 _TOKENS = (5, 60)
 
 

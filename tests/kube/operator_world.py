@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kube.cluster import Cluster
+from kube.cluster import SOON, Cluster
 from kube.control_plane import budget_api, has_cel
 from kube.fleet_control import FleetControl
 from tandem_operator import crds
@@ -31,8 +31,6 @@ GROUPS = {
     "podgroups": "scheduling.volcano.sh/v1beta1",
 }
 """Of kinds that are not ours."""
-SOON = 240.0
-"""Seconds; the machine may be busy."""
 
 
 EVERYWHERE = ("*",)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import urllib.request
 from typing import Any
 
-from kube.cluster import Cluster
+from kube.cluster import SOON, Cluster
 from kube.kubelet.rest import Object
 from kube.manifests import pod
 
-SOON = 120.0
-"""Seconds that the slowest machine needs."""
 FOREVER = ("sleep", "infinity")
 
 

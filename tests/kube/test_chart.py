@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import yaml
 from helm_python import Chart, HelmError, lint
 from kubernetes_validate import utils as validation
 
+from kube.kubelet.volumes import Volumes
 from support.helm import CHART, EXAMPLES, documents, helm, template
 from support.helm import HelmError as Helm3Error
 from tandem_operator import names
@@ -283,6 +286,36 @@ def test_helm_test_asks_the_gateway_as_the_fleet_has_it() -> None:
     assert {entry["name"] for entry in container["env"]} == {"HOME", "TANDEM_API_KEY", "TANDEM_CA"}
 
 
+def trusted_by_helm_test(folder: Path, secret: dict[str, str] | None) -> str | None:
+    """What the pod verifies the gateway's certificate by, for a `tlsSecret` with this data; None = no file."""
+    pod = only(template(example=example("r1-4p-18d")), "Pod")
+    (container,) = pod["spec"]["containers"]
+    data = {key: base64.b64encode(text.encode()).decode() for key, text in (secret or {}).items()}
+    volumes = Volumes(folder)
+    volumes.prepare(
+        pod, lambda kind, name: None if secret is None else {"data": data}, lambda asked: "", lambda name: None, {}
+    )
+    (ca,) = [entry["value"] for entry in container["env"] if entry["name"] == "TANDEM_CA"]
+    (source,) = [mount["source"] for mount in volumes.mounts(container) if mount["target"] == str(Path(ca).parent)]
+    file = Path(str(source)) / Path(ca).name
+    return file.read_text() if file.exists() else None
+
+
+@pytest.mark.parametrize(
+    ("secret", "trusted"),
+    [
+        pytest.param({"tls.crt": "its own", "tls.key": "secret", "ca.crt": "the CA"}, "the CA", id="with its CA"),
+        pytest.param({"tls.crt": "its own", "tls.key": "secret"}, "its own", id="without"),
+        pytest.param(None, None, id="not there"),
+    ],
+)
+def test_helm_test_verifies_the_gateway_by_what_the_secret_has(
+    tmp_path: Path, secret: dict[str, str] | None, trusted: str | None
+) -> None:
+    # Without the file `tandem chat` says that it cannot be read: the pod neither hangs nor trusts just anyone.
+    assert trusted_by_helm_test(tmp_path, secret) == trusted
+
+
 # -- network policies
 
 
@@ -373,6 +406,20 @@ def test_nothing_of_it_is_made_elsewhere_unless_it_is_asked_for() -> None:
 def test_alerts_reach_prometheus_as_they_are_written() -> None:
     (rule,) = kind(template(values=MONITORED), "PrometheusRule")
     assert rule["spec"]["groups"] == yaml.safe_load((CHART / "alerts" / "tandem.yaml").read_text())
+
+
+def test_labels_of_a_metrics_own_stay_where_prometheus_has_one_of_that_name() -> None:
+    # `namespace` is a Fleet's, not that of the operator's pod; `endpoint` is what was asked, not the name of a port.
+    monitors = kind(template(apis=PROMETHEUS), "PodMonitor")
+    assert len(monitors) == 2
+    assert [entry["honorLabels"] for one in monitors for entry in one["spec"]["podMetricsEndpoints"]] == [True, True]
+
+
+def test_the_metrics_of_gateways_say_by_a_label_which_fleets_they_are() -> None:
+    monitors = {one["metadata"]["name"]: one["spec"] for one in kind(template(apis=PROMETHEUS), "PodMonitor")}
+    assert monitors["tandem-gateways"]["podTargetLabels"] == [names.FLEET_LABEL]
+    # As Prometheus' operator writes it, and as alerts and dashboards know it.
+    assert re.sub(r"\W", "_", names.FLEET_LABEL) == "tandem_dev_fleet"
 
 
 def test_gateways_are_scraped_by_the_port_that_their_pods_have() -> None:

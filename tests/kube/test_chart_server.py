@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from kube.cluster import Cluster
+from kube.cluster import SOON, Cluster
 from kube.control_plane import has_cel
 from kube.kubelet.rest import MERGE
 from support.fleets import LEAST, REFUSED_BY_SCHEMA, UNKNOWN
@@ -133,8 +133,13 @@ def test_a_release_is_installed_upgraded_rolled_back_and_uninstalled(
     assert release.history() == [1, 2, 3]
     release.uninstall()
     assert deployed(kinds, namespace, "tandem-operator") == {}
-    left = kinds.kubectl("get", "all,roles,rolebindings,serviceaccounts,networkpolicies", "-n", namespace, "-o", "name")
-    assert set(left.split()) <= {"serviceaccount/default"}
+    # What belongs to a Deployment is collected afterwards.
+    what = "all,roles,rolebindings,serviceaccounts,networkpolicies"
+    kinds.wait(
+        lambda: set(kinds.kubectl("get", what, "-n", namespace, "-o", "name").split()) <= {"serviceaccount/default"},
+        SOON,
+        "nothing is left of the release",
+    )
     assert "fleets.tandem.dev" in kinds.kubectl("get", "crd", "-o", "name"), "uninstalling took everybody's fleets away"
 
 

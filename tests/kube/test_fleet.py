@@ -18,7 +18,7 @@ import pytest
 
 from kube import operator_deaths
 from kube.audit import granted, lacking, requests, roles_of
-from kube.cluster import Cluster
+from kube.cluster import SOON, Cluster
 from kube.conftest import RACK
 from kube.control_plane import budget_api
 from kube.live_fleet import (
@@ -169,10 +169,10 @@ def test_the_pods_of_redis_and_of_the_head_deleted_by_hand_cost_neither_a_reques
     assert len(before) == 3
     with fleet.traffic() as traffic:
         replaced(fleet, f"{NAME}-redis-0")  # has no volume: it comes back empty
-        until(fleet, lambda: remembered(fleet) == set(before), 60)
+        until(fleet, lambda: remembered(fleet) == set(before), SOON)
         traffic.progress(50)
         replaced(fleet, f"{NAME}-head-0")
-        until(fleet, lambda: epochs(fleet) == before, 60)
+        until(fleet, lambda: epochs(fleet) == before, SOON)
         traffic.progress(50)
         settled(fleet, decode=2)
     assert epochs(fleet) == before
@@ -247,9 +247,9 @@ def test_a_canary_that_answers_otherwise_is_taken_back_and_no_client_is_sent_to_
 
     with fleet.traffic() as traffic:
         fleet.upgrade(images={"engine": now}, decode={"args": OTHERWISE})
-        fleet.cluster.wait(lambda: set(fleet.groups("decode")) > before, 90, "a canary")
+        fleet.cluster.wait(lambda: set(fleet.groups("decode")) > before, SOON, "a canary")
         (canary,) = set(fleet.groups("decode")) - before
-        fleet.cluster.wait(failed, 150, "the change was taken back")
+        fleet.cluster.wait(failed, SOON, "the change was taken back")
         traffic.progress(50)
         settled(fleet)
     assert set(fleet.groups("decode")) == before
@@ -276,7 +276,7 @@ def test_a_load_step_makes_decode_go_up_within_10_s_and_down_by_itself_without_a
     # One client that asks now and then: one group bears it, also by what is learned of late tokens.
     with fleet.traffic(clients=1, pause_s=12) as traffic:
         fleet.upgrade(decode={"autoscaling": policy}, planning=planning)
-        until(fleet, planned, 60)
+        until(fleet, planned, SOON)
         traffic.progress(1)
         with fleet.traffic(clients=4) as step:
             step.progress(40)
@@ -299,7 +299,7 @@ def test_a_group_that_nobody_asked_kubernetes_for_is_drained(fleet: LiveFleet) -
             return {one.group for one in (await control.fleet()).desired}
 
     assert stray.group in asyncio.run(groups(stray))
-    fleet.cluster.wait(lambda: stray.group not in asyncio.run(groups()), 90, "the stray group has gone")
+    fleet.cluster.wait(lambda: stray.group not in asyncio.run(groups()), SOON, "the stray group has gone")
     assert any("OrphanDrained" in one for one in fleet.cluster.events(NAME, fleet.namespace))
 
 
@@ -313,10 +313,10 @@ def test_children_that_a_fleet_needs_no_more_are_removed(fleet: LiveFleet) -> No
     def there() -> set[str]:
         return {one for one in kinds if "NotFound" not in fleet.kubectl("get", one, "-o", "name", check=False)}
 
-    fleet.cluster.wait(lambda: there() == set(kinds), 30)
+    fleet.cluster.wait(lambda: there() == set(kinds), SOON)
     elsewhere = {"redis": {"urlSecret": {"name": "state", "key": "url"}}}
     fleet.cluster.apply({**other, "spec": {**spec, **elsewhere}}, namespace=fleet.namespace)
-    fleet.cluster.wait(lambda: there() == set(), 30)
+    fleet.cluster.wait(lambda: there() == set(), SOON)
     fleet.kubectl("delete", "fleet", "other", "--timeout=60s")
 
 
@@ -380,10 +380,10 @@ def test_other_weights_roll_group_by_group_and_those_that_are_not_there_change_n
         traffic.progress(50)
         before = groups(fleet)
         fleet.upgrade(images=now, model=served(models, "missing"))
-        until(fleet, lambda: "Held" in reasons(fleet), 60)
+        until(fleet, lambda: "Held" in reasons(fleet), SOON)
         traffic.progress(50)
         fleet.upgrade(images=now, model=served(models, "other", version="second"))
-        until(fleet, lambda: "Held" not in reasons(fleet), 60)
+        until(fleet, lambda: "Held" not in reasons(fleet), SOON)
     assert groups(fleet) == before
     assert {one.version for one in traffic.done} == {first, "second"}
     assert {pod["metadata"]["uid"] for pod in fleet.gateways()} == gateways
@@ -417,4 +417,4 @@ def test_a_deleted_fleet_leaves_its_claims_and_leases_and_nothing_else(fleet: Li
         assert {one for one in told if not OF_ANY_NAMESPACE.fullmatch(one)} == KEPT
         return True
 
-    fleet.cluster.wait(nothing_else, 90)
+    fleet.cluster.wait(nothing_else, SOON)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -21,12 +23,18 @@ GPU = "nvidia.com/gpu"
 
 def test_a_readiness_probe_decides_whether_traffic_comes(cluster: Cluster, namespace: str) -> None:
     probe = {"exec": {"command": ["test", "-e", "/let-me"]}, "periodSeconds": 1, "failureThreshold": 1}
-    script = "sleep 3; touch /let-me; exec sleep infinity"
+    script = "trap 'touch /let-me' USR1; echo up; while true; do sleep 0.1; done"
     cluster.apply(pod("shy", "sh", "-c", script, container={"readinessProbe": probe}), namespace=namespace)
-    cluster.wait(lambda: main_status(cluster, "shy", namespace)["state"].get("running"), SOON, "shy runs")
+    cluster.wait(lambda: "up" in cluster.kubelet.logs("shy", namespace=namespace), SOON, "shy runs")
+    cluster.wait(
+        lambda: any(event.startswith("Unhealthy: Readiness") for event in cluster.events("shy", namespace)),
+        SOON,
+        "the probe has failed",
+    )
     assert not cluster.ready("shy", namespace)
+    (pid,) = cluster.kubelet.pids("shy", namespace)
+    os.kill(pid, signal.SIGUSR1)
     ready(cluster, namespace, "shy")
-    assert any(event.startswith("Unhealthy: Readiness") for event in cluster.events("shy", namespace))
 
 
 def test_a_container_whose_liveness_fails_is_restarted(cluster: Cluster, namespace: str) -> None:
@@ -73,7 +81,7 @@ def test_an_eviction_ends_a_pod_unless_its_budget_forbids(cluster: Cluster, name
     budget = {"apiVersion": budget_api(), "kind": "PodDisruptionBudget", "metadata": {"name": "b"}, "spec": spec}
     cluster.apply(budget, pod("kept", *FOREVER), namespace=namespace)
     ready(cluster, namespace, "kept")
-    said = cluster.kubectl("drain", "--pod-selector=app=kept", "--force", "--timeout=2s", *NODES, check=False)
+    said = cluster.kubectl("drain", "--pod-selector=app=kept", "--force", "--timeout=5s", *NODES, check=False)
     cluster.kubectl("uncordon", *NODES)
     assert "violate the pod's disruption budget" in said
     assert cluster.pod("kept", namespace) is not None

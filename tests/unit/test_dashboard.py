@@ -1,4 +1,4 @@
-"""Every expression of the Grafana dashboards asks for metrics and labels that exist."""
+"""Every expression of the Grafana dashboards and of the alerts asks for metrics and labels that exist."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import yaml
 from prometheus_client import Counter, Gauge
 from prometheus_client import Histogram as PrometheusHistogram
 
@@ -17,18 +18,25 @@ from tandem.gateway.observe.metric_types import Histogram
 from tandem.gateway.observe.metrics import Metrics
 from tandem_operator import metrics as operator
 
-DASHBOARDS = Path(__file__).parents[2] / "helm" / "tandem" / "dashboards"
-GATEWAY, FLEETS = DASHBOARDS / "gateway.json", DASHBOARDS / "fleets.json"
-TARGET_LABELS = {"instance", "job"}
-"""What Prometheus adds to everything that it scrapes."""
-FUNCTIONS = {"histogram_quantile", "sum", "rate", "max", "min", "count"}
-WORDS = {"by", "and", "on"}
+CHART = Path(__file__).parents[2] / "helm" / "tandem"
+GATEWAY, FLEETS = CHART / "dashboards" / "gateway.json", CHART / "dashboards" / "fleets.json"
+TARGET_LABELS = {"instance", "job", "namespace"}
+"""What Prometheus and its operator add to everything that they scrape.
+
+A metric's own label of such a name would be called `exported_…`, and theirs would be in its place (the operator's
+`namespace`, a Fleet's; the gateways' `endpoint`), were it not for `honorLabels`: `tests/kube/test_chart.py` holds the
+monitors to it.
+"""
+POD_LABELS = {"tandem_dev_fleet"}
+"""What the gateways' monitor adds, by `podTargetLabels`."""
+FUNCTIONS = {"histogram_quantile", "sum", "rate", "increase", "max", "max_over_time", "min", "count"}
+WORDS = {"by", "and", "or", "unless", "on"}
 
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 _SELECTOR = re.compile(r"([a-zA-Z_:][\w:]*)\s*\{([^}]*)\}")
 _MATCHER = re.compile(r"\s*(\w+)\s*(?:=~|!~|!=|=)\s*S\s*,?")
 _LABEL_LIST = re.compile(r"\b(?:by|on)\s*\(([^)]*)\)")
-_RANGE = re.compile(r"\[\$__rate_interval\]")
+_RANGE = re.compile(r"\[(?:\$__rate_interval|\d+[smhd])\]")
 _NAME = re.compile(r"(?<![\w:.])([a-zA-Z_:][\w:]*)(\s*\()?")
 
 
@@ -89,6 +97,11 @@ def offered() -> dict[str, set[str]]:
 OFFERED = offered()
 
 
+def labels_of(metric: str) -> set[str]:
+    """Labels of a metric as Prometheus has it."""
+    return OFFERED[metric] | TARGET_LABELS | (set() if metric.startswith("tandem_operator_") else POD_LABELS)
+
+
 def panels(board: Path) -> Iterator[dict[str, Any]]:
     yield from json.loads(board.read_text())["panels"]
 
@@ -103,16 +116,26 @@ def targets(*boards: Path) -> list[tuple[str, str, str]]:
     ]
 
 
+def alerts() -> list[tuple[str, str, str]]:
+    """(alert, expression, what people read)"""
+    groups = yaml.safe_load((CHART / "alerts" / "tandem.yaml").read_text())
+    return [
+        (rule["alert"], rule["expr"], " ".join(rule["annotations"].values()))
+        for group in groups
+        for rule in group["rules"]
+    ]
+
+
 def faults(expression: str, legend: str = "") -> list[str]:
     """What the expression asks for in vain."""
     wants = asked(expression)
     found = [f"no metric {name}" for name in wants.metrics - OFFERED.keys()]
     found += [f"no function {name}" for name in wants.functions - FUNCTIONS]
     for metric in wants.metrics & OFFERED.keys():
-        labels = OFFERED[metric] | TARGET_LABELS
+        labels = labels_of(metric)
         found += [f"{metric} has no {label}" for label in wants.matched.get(metric, set()) - labels]
         found += [f"{metric} has no {label}" for label in wants.grouped - labels]
-    shown = set(re.findall(r"\{\{(\w+)\}\}", legend))
+    shown = set(re.findall(r"\{\{\s*(?:\$labels\.)?(\w+)\s*\}\}", legend))
     kept = wants.grouped if wants.functions & {"sum", "max", "min"} or wants.grouped else TARGET_LABELS
     found += [f"the legend shows {label}, which is not grouped by" for label in shown - kept]
     return found
@@ -132,11 +155,44 @@ def test_every_expression_asks_for_what_exists(panel: str, expression: str, lege
         ("sum by (tenant) (tandem_requests_total)", "", "tandem_requests_total has no tenant"),
         ("sum by (le) (tandem_queue_seconds_count)", "", "tandem_queue_seconds_count has no le"),
         ("sum(tandem_requests_total)", "{{outcome}}", "the legend shows outcome, which is not grouped by"),
+        ("sum(tandem_requests_total)", "{{ $labels.outcome }}", "the legend shows outcome, which is not grouped by"),
+        ("sum by (tandem_dev_fleet) (tandem_operator_leader)", "", "tandem_operator_leader has no tandem_dev_fleet"),
+        ("sum by (fleet) (increase(tandem_requests_total[5m])) > 0", "", "tandem_requests_total has no fleet"),
         ("summ(tandem_requests_total)", "", "no function summ"),
     ],
 )
 def test_an_expression_that_asks_for_more_is_found(expression: str, legend: str, fault: str) -> None:
     assert fault in faults(expression, legend)
+
+
+@pytest.mark.parametrize(("alert", "expression", "text"), alerts())
+def test_every_alert_asks_for_what_exists_and_tells_what_it_asked_for(alert: str, expression: str, text: str) -> None:
+    assert faults(expression, text) == []
+
+
+@pytest.mark.parametrize(("alert", "expression", "text"), alerts())
+def test_no_fleet_that_is_well_hides_one_that_is_not(alert: str, expression: str, text: str) -> None:
+    # An operator leads for all fleets of its namespaces.
+    whose = {"namespace"} if alert == "TandemNoLeader" else {"namespace", "tandem_dev_fleet"}
+    grouped = [set(re.split(r",\s*", labels)) for labels in _LABEL_LIST.findall(expression)]
+    assert grouped
+    assert all(whose <= {"tandem_dev_fleet" if label == "fleet" else label for label in one} for one in grouped)
+
+
+@pytest.mark.parametrize(
+    ("board", "fleet"),
+    [pytest.param(GATEWAY, "tandem_dev_fleet", id="gateway"), pytest.param(FLEETS, "fleet", id="fleets")],
+)
+def test_a_dashboard_keeps_to_the_fleet_that_is_chosen(board: Path, fleet: str) -> None:
+    chosen = f'namespace=~"$namespace",{fleet}=~"$fleet"'
+    of_fleets = [
+        (panel, metric, matchers)
+        for panel, expression, _ in targets(board)
+        for metric, matchers in re.findall(r"\b(tandem_\w+)(\{[^}]*\})?", expression)
+        if fleet in labels_of(metric)
+    ]
+    assert of_fleets
+    assert [(panel, metric) for panel, metric, matchers in of_fleets if chosen not in matchers] == []
 
 
 @pytest.mark.parametrize("board", [GATEWAY, FLEETS], ids=["gateway", "fleets"])
@@ -147,7 +203,7 @@ def test_variables_ask_for_labels_that_exist(board: Path) -> None:
     for query in queries:
         found = re.fullmatch(r"label_values\((\w+), (\w+)\)", query)
         assert found is not None
-        assert found[2] in OFFERED[found[1]]
+        assert found[2] in labels_of(found[1])
 
 
 @pytest.mark.parametrize(

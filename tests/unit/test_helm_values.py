@@ -13,10 +13,8 @@ import yaml
 
 from tandem.core.layout import GroupLayout, plan_group
 from tandem.core.types import Role
-from tandem.gateway.observe.metrics import Metrics
 from tandem.models.catalog import load_shape
 from tandem_operator import chart_values
-from tandem_operator import metrics as operator_metrics
 from tandem_operator.api.fleet import FleetSpec
 from tandem_operator.chart_values import Values
 
@@ -141,18 +139,3 @@ def test_the_large_example_is_deepseeks_own_layout() -> None:
     assert all(pool.pods.gang.scheduler == "kueue" for pool in (spec.prefill, spec.decode))
     most = (4 * spec.prefill.nodes + spec.decode.nodes) * 8
     assert spec.planning.gpu_budget == most
-
-
-def test_alerts_ask_for_metrics_that_exist() -> None:
-    names = {sample.name for family in Metrics().registry.collect() for sample in family.samples}
-    told = [*vars(Metrics()).values(), *vars(operator_metrics).values()]
-    metrics = {name for collector in told for name in _names(collector)}
-    groups = yaml.safe_load((CHART / "alerts" / "tandem.yaml").read_text())
-    asked = {name for group in groups for rule in group["rules"] for name in re.findall(r"tandem_\w+", rule["expr"])}
-    assert asked
-    assert asked - names - metrics == set()
-
-
-def _names(collector: Any) -> set[str]:
-    name = getattr(collector, "_name", None)
-    return {name, f"{name}_total"} if name else set()

@@ -49,7 +49,9 @@ class GangScheduling(Section):
     """Who sees to it that all pods of a group are scheduled at once, or none."""
 
     scheduler: Literal["none", "kueue", "volcano", "coscheduling"] = Field(
-        "none", description="Whose labels and objects its pods get; none = pods wait for each other once they run."
+        "none",
+        description="Whose labels and objects its pods get; none = pods wait for each other once they run. "
+        "With coscheduling, schedulerName has to name the scheduler that has the plug-in.",
     )
     queue: str | None = Field(None, description="Kueue's local queue, or Volcano's queue.")
 

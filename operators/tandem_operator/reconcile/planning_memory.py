@@ -49,7 +49,7 @@ def _learned(state: PlanState) -> tuple[object, ...]:
 
 
 class PlanningMemory:
-    """Reads it once, and writes what matters."""
+    """Reads it once, writes what matters, and sees to it that the server keeps that."""
 
     def __init__(self, ctx: Context) -> None:
         self._ctx = ctx
@@ -72,13 +72,17 @@ class PlanningMemory:
         return PlanState(prefill=pools[Role.PREFILL], decode=pools[Role.DECODE])
 
     async def write(self, fleet: Object, state: PlanState, policy: PlanPolicy, now: float) -> bool:
-        """Keep it, if it is other in what matters; return whether that was done. Raises KubeError and Trouble."""
+        """Keep it, if it is other in what matters; return whether something was written. Raises KubeError and Trouble.
+
+        Without news the server is still to have what was written last: somebody may have deleted or edited the
+        ConfigMap, and an operator after this one knows nothing else.
+        """
         if not any(policy.of(role).automatic for role in Role):
             return False
-        kept = PlanState(prefill=_lasting(state.prefill), decode=_lasting(state.decode))
-        learned = _learned(kept) != _learned(self._written) and now - self._written_at >= _SLOWLY_S
-        if _decided(kept) == _decided(self._written) and not learned:
-            return False
+        latest = PlanState(prefill=_lasting(state.prefill), decode=_lasting(state.decode))
+        learned = _learned(latest) != _learned(self._written) and now - self._written_at >= _SLOWLY_S
+        news = learned or _decided(latest) != _decided(self._written)
+        kept = latest if news else self._written
         body = {
             "metadata": {
                 "labels": labels(fleet["metadata"]["name"], "config"),
@@ -86,9 +90,10 @@ class PlanningMemory:
             },
             "data": {_FIELD: msgspec.json.encode(kept).decode()},
         }
-        await self._ctx.applier.ensure(_key(fleet), body, fleet)
-        self._written, self._written_at = kept, now
-        return True
+        done = await self._ctx.applier.ensure(_key(fleet), body, fleet)
+        if news:
+            self._written, self._written_at = kept, now
+        return done
 
 
 def _key(fleet: Object) -> Key:

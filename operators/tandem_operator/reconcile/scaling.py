@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -129,7 +129,7 @@ class FleetPlanner:
         load = await link.load()
         now = self._ctx.now()
         link.loads = load.groups
-        self._loads = {group: GroupLoad(at=now, ranks=ranks) for group, ranks in load.groups.items()}
+        self._note(link, load.groups, now)
         longest = max(spec.planning.fast_window_s, spec.planning.slow_window_s)
         if self._history is None:
             self._history = TrafficHistory(longest)
@@ -154,6 +154,16 @@ class FleetPlanner:
         automatic = any(pool.autoscaling is not None for pool in specs.values())
         return spec.planning.tick_s if automatic else max(spec.planning.tick_s, _TELL_S)
 
+    def _note(self, link: FleetLink, loads: Mapping[str, tuple[DpLoad, ...]], now: float) -> None:
+        """Keep what engines said last, with its age, and when groups were wished for, as the laptop's controller does:
+        an engine that does not answer once is not silent yet."""
+        snapshot = link.snapshot
+        assert snapshot is not None, "a reachable fleet has told what it is"
+        names = {group.group for group in snapshot.groups}
+        self._loads |= {name: GroupLoad(at=now, ranks=ranks) for name, ranks in loads.items()}
+        self._loads = {name: load for name, load in self._loads.items() if name in names}
+        self._asked_at = {wish.group: self._asked_at.get(wish.group, now) for wish in snapshot.desired}
+
     async def _remember(self, fleet: Object, policy: PlanPolicy, now: float) -> None:
         assert self._state is not None, "there was a tick"
         try:
@@ -169,8 +179,6 @@ class FleetPlanner:
         snapshot, history = link.snapshot, self._history
         assert snapshot is not None, "a reachable fleet has told what it is"
         assert history is not None, "there was a tick"
-        wished = {wish.group for wish in snapshot.desired}
-        self._asked_at = {group: self._asked_at.get(group, now) for group in wished}
         slow = history.window(policy.slow_window_s, now)
         fast = history.window(policy.fast_window_s, now)
         return Observation(

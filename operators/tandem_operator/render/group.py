@@ -106,7 +106,7 @@ def _template(name: str, namespace: str, spec: GroupSpec) -> Object:
     elif gang.scheduler == "coscheduling":
         more_labels["scheduling.x-k8s.io/pod-group"] = name
     scheduler = options.scheduler_name or ("volcano" if gang.scheduler == "volcano" else None)
-    host = {"hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet"} if options.host_network else {}
+    host: Object = {"hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet"} if options.host_network else {}
     return pods.pod_template(
         {**group_labels(spec), **more_labels},
         options,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from tandem.core.types import Role
 from tandem_operator.api.fleet import FleetSpec
 from tandem_operator.names import (
     CONFIG_MAP,
@@ -74,12 +73,6 @@ def passing_names(name: str, namespace: str) -> list[Key]:
     return [Key(kind, namespace, f"{name}-redis") for kind in (STATEFUL_SET, SERVICE)]
 
 
-def desired_gpus(spec: FleetSpec, groups: Mapping[Role, int]) -> int:
-    """GPUs that so many groups ask for."""
-    pools = {Role.PREFILL: spec.prefill, Role.DECODE: spec.decode}
-    return sum(groups.get(role, 0) * pool.nodes * pool.gpus_per_node for role, pool in pools.items())
-
-
 def _head(name: str, namespace: str, spec: FleetSpec) -> Object:
     """The head reads fleet.json again when it changes, and sees to the gateways: neither restarts for that.
 
@@ -121,6 +114,7 @@ def _head(name: str, namespace: str, spec: FleetSpec) -> Object:
         pods.platform_image(spec),
         [container],
         [*folder, *(volume for volume, _ in volumes)],
+        writes_volume=bool(storage),
         terminationGracePeriodSeconds=30,
     )
     claims = _claim("data", storage, spec.ray.storage_class)

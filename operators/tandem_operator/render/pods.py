@@ -16,6 +16,8 @@ TLS_FOLDER = "/etc/tandem-tls"
 TENANTS_FOLDER = "/etc/tandem-tenants"
 DATA_FOLDER = "/var/lib/tandem"
 MODELS_FOLDER = "/models"
+IMAGE_USER = 65532
+"""Who runs in Tandem's images, by their Dockerfiles."""
 
 Variables = list[dict[str, Any]]
 
@@ -154,14 +156,18 @@ def pod_template(
     *,
     annotations: Mapping[str, str] | None = None,
     affinity: Object | None = None,
+    writes_volume: bool = False,
     **more: Any,
 ) -> Object:
-    """A StatefulSet's pod template. `more`: further fields of the pod's spec; what is None is left out."""
+    """A StatefulSet's pod template. `writes_volume`: one that is claimed, and belongs to root when it is made. `more`:
+    further fields of the pod's spec; what is None is left out."""
     notes = {**options.annotations, **(annotations or {})}
     security: Object = {"seccompProfile": {"type": "RuntimeDefault"}}
     if options.run_as_user is not None:
         security.update(runAsUser=options.run_as_user, fsGroup=options.run_as_user)
         security["runAsNonRoot"] = options.run_as_user != 0
+    elif writes_volume:
+        security.update(fsGroup=IMAGE_USER, fsGroupChangePolicy="OnRootMismatch")
     spec: Object = {
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,

@@ -60,6 +60,8 @@ class LocalCluster:
     _client: Any
     _settings: GcsSettings
     _nodes: dict[str, tuple[NodePlace, RayProcess]] = field(default_factory=dict)
+    _grown: asyncio.Event = field(default_factory=asyncio.Event)
+    """There are nodes that `tend` does not know yet."""
     _started: int = 0
 
     @classmethod
@@ -133,10 +135,12 @@ class LocalCluster:
         tell(self._client)
 
     def grow(self, nodes: int) -> None:
-        """Add nodes, of the head's kind and place, until there are `nodes`. Call it in the main thread."""
+        """Add nodes, of the head's kind and place, until there are `nodes`. Call it in the main thread, where `tend` is
+        awaited in its event loop."""
         head, _ = self._nodes[self.session.head]
         while len(self._nodes) < nodes:
             self._add(head, secrets.token_hex(28))
+            self._grown.set()
 
     async def tend(self) -> str:
         """Replace what dies; return one sentence when the cluster cannot go on. Await it in the main thread.
@@ -145,9 +149,8 @@ class LocalCluster:
         """
         deaths: deque[float] = deque(maxlen=_GCS_STARTS)
         while True:
-            watched = [self._gcs, *(process for _, process in self._nodes.values())]
-            ends = [asyncio.wrap_future(process.ended) for process in watched]
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            self._grown.clear()
+            await self._death_or_growth()
             if self._gcs.ended.done():
                 deaths.append(time.monotonic())
                 if len(deaths) == _GCS_STARTS and deaths[-1] - deaths[0] < 60:
@@ -162,6 +165,16 @@ class LocalCluster:
                     del self._nodes[node]
                     await asyncio.sleep(_REPLACE_S)  # one that cannot live must not keep the machine busy
                     self._add(place, secrets.token_hex(28))
+
+    async def _death_or_growth(self) -> None:
+        """Wait until a process has ended, or there is another one to wait for."""
+        watched = [self._gcs, *(process for _, process in self._nodes.values())]
+        grown = asyncio.ensure_future(self._grown.wait())
+        try:
+            ends = [asyncio.wrap_future(process.ended) for process in watched]
+            await asyncio.wait([grown, *ends], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            grown.cancel()
 
     def stop(self) -> None:
         """End every process of the cluster, workers included, and remove its folder. Harmless when repeated."""

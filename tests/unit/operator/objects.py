@@ -7,8 +7,10 @@ from typing import Any
 from tandem.core.types import Role
 from tandem_operator.api.fleet import FleetSpec
 from tandem_operator.api.pool import GroupSpec, PoolSpec
-from tandem_operator.names import Object
+from tandem_operator.names import BUDGET, STATEFUL_SET, Key, Kind, Object
 from tandem_operator.render.config import fleet_spec
+from tandem_operator.render.group import group_children
+from tandem_operator.render.platform import platform_children
 from tandem_operator.render.pool import group_object, group_spec, pool_object
 from tandem_operator.revision import kv_format_of
 
@@ -47,3 +49,16 @@ def group(obj: Object, role: Role = Role.DECODE, name: str = "decode-0") -> tupl
     meta = {**rendered["metadata"], "name": f"r1-{name}", "namespace": "ai", "uid": f"{name}-uid"}
     meta["resourceVersion"] = "9"
     return {**rendered, "metadata": meta}, wanted
+
+
+def platform(**spec: Any) -> dict[tuple[Kind, str], Object]:
+    """What a fleet has besides its pools."""
+    made = platform_children(fleet(**spec), spec_of(fleet(**spec)), BUDGET)
+    return {(key.kind, key.name): body for key, body in made.items()}
+
+
+def engine(**pods: Any) -> Object:
+    """The pod template of a decode group."""
+    made, spec = group(fleet(decode={"pods": pods}))
+    template: Object = group_children(made, spec)[Key(STATEFUL_SET, "ai", "r1-decode-0")]["spec"]["template"]
+    return template

@@ -28,18 +28,7 @@ from tandem_operator.render.group import group_children
 from tandem_operator.render.platform import passing_names, platform_children
 from tandem_operator.render.pool import pool_budget, pool_object
 from tandem_operator.revision import weights_of
-from unit.operator.objects import fleet, group, pool, spec_of
-
-
-def platform(**spec: Any) -> dict[tuple[Kind, str], Object]:
-    made = platform_children(fleet(**spec), spec_of(fleet(**spec)), BUDGET)
-    return {(key.kind, key.name): body for key, body in made.items()}
-
-
-def engine(**pods: Any) -> Object:
-    """The pod template of a decode group."""
-    made, spec = group(fleet(decode={"pods": pods}))
-    return group_children(made, spec)[Key(STATEFUL_SET, "ai", "r1-decode-0")]["spec"]["template"]
+from unit.operator.objects import engine, fleet, group, platform, pool, spec_of
 
 
 def env(container: Object) -> dict[str, Any]:

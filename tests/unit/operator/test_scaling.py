@@ -10,43 +10,15 @@ from msgspec.structs import replace
 from prometheus_client import REGISTRY
 
 from tandem.core.answer_times import AnswerTimes
-from tandem.core.planning_types import Capacity
 from tandem.core.traffic import TrafficReport
-from tandem.core.types import DpLoad, GroupState
+from tandem.core.types import GroupState
 from tandem.fleet.control_client import ControlError, FleetLoad
-from tandem_operator.api.pool import PoolSpec
 from tandem_operator.kube import KubeError
-from tandem_operator.names import CONFIG_MAP, EP_GROUP, FLEET, POOL, Key
+from tandem_operator.names import EP_GROUP, FLEET, Key
 from tandem_operator.reconcile import scaling
-from tandem_operator.reconcile.planning_memory import PlanningMemory
 from tandem_operator.reconcile.scaling import FleetPlanner, Planner
-from tandem_operator.render.policy import plan_policy
-from unit.operator.objects import spec_of
-from unit.operator.world import NOW, World
-
-DECODE = Key(POOL, "ai", "r1-decode")
-PREFILL = Key(POOL, "ai", "r1-prefill")
-POOLS = (PREFILL, DECODE)
-SCALING = {"minGroups": 2, "maxGroups": 4}
-
-
-class Told:
-    """What the control service tells of the load."""
-
-    def __init__(self, world: World) -> None:
-        self._world = world
-        self.reports: tuple[TrafficReport, ...] = ()
-
-    async def __call__(self) -> FleetLoad:
-        ranks = (DpLoad(dp_rank=0, running=3, token_usage=0.12345),)
-        return FleetLoad(dict.fromkeys(self._world.control.groups, ranks), self.reports)
-
-
-async def planned(**decode: Any) -> tuple[World, FleetPlanner]:
-    world = World(decode={"rollout": {"canarySeconds": 0}, **decode})
-    await world.look()
-    world.link.load = Told(world)  # type: ignore[attr-defined]
-    return world, FleetPlanner(world.ctx, "ai", "r1")
+from unit.operator.planned import DECODE, SCALING, planned
+from unit.operator.world import World
 
 
 async def test_a_decision_is_written_through_the_scale_subresource_and_told() -> None:
@@ -91,26 +63,6 @@ async def test_a_second_tick_writes_nothing() -> None:
     assert world.server.writes == []
 
 
-MEMORY = Key(CONFIG_MAP, "ai", "r1-planning")
-
-
-async def test_a_number_set_by_hand_stands_through_another_operator() -> None:
-    world, planner = await planned(autoscaling=SCALING)
-    for _ in range(2):
-        await planner.tick()
-        await world.look()
-    world.scale("decode", 4)
-    await planner.tick()
-    await world.look()
-    world.ctx.at += 400  # past the cool-down, and within the time that it stands
-    after = FleetPlanner(world.ctx, "ai", "r1")
-    for _ in range(3):
-        await after.tick()
-        world.ctx.at += 2
-    scaling = world.server.objects[DECODE]["status"]["scaling"]
-    assert (scaling["wanted"], "set by hand, which stands for another" in scaling["held"]) == (4, True)
-
-
 async def test_for_how_long_it_is_held_back_yet_is_not_written_at_every_tick() -> None:
     world, planner = await planned(autoscaling=SCALING)
     for _ in range(2):
@@ -129,51 +81,59 @@ async def test_for_how_long_it_is_held_back_yet_is_not_written_at_every_tick() -
     assert all("which stands for another" in held for held in said)
 
 
-async def test_a_number_set_while_no_operator_ran_stands_as_well() -> None:
-    world, planner = await planned(autoscaling=SCALING)
+# -- the load
+
+
+def held(world: World) -> str:
+    return str(world.server.objects[DECODE]["status"]["scaling"]["held"])
+
+
+async def two_groups_and_one_is_silent(monkeypatch: pytest.MonkeyPatch) -> tuple[World, FleetPlanner]:
+    """One tick ago both have told; what is in the way of removing one is told at every tick."""
+    monkeypatch.setattr(scaling, "_TELL_S", 0.0)
+    world, planner = await planned(groups=2, autoscaling={"minGroups": 1})
     await planner.tick()
-    await world.look()
-    world.scale("decode", 3)
-    world.ctx.at += 60
-    await FleetPlanner(world.ctx, "ai", "r1").tick()
-    assert "set by hand" in world.server.objects[DECODE]["status"]["scaling"]["reason"]
+    told: Any = world.link.load  # type: ignore[attr-defined]
+    told.silent.add("decode-1")
+    return world, planner
 
 
-async def test_the_planning_of_a_fleet_without_autoscaling_is_not_written_down() -> None:
-    world, planner = await planned()
+async def test_what_an_engine_said_last_is_good_for_10_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, planner = await two_groups_and_one_is_silent(monkeypatch)
+    world.ctx.at += 10
     await planner.tick()
-    assert MEMORY not in world.server.objects
+    assert "the gateways tell nothing" in held(world)  # what it looks at once all loads are known
 
 
-async def test_what_belongs_to_an_earlier_fleet_of_the_name_is_not_read() -> None:
-    world, planner = await planned(autoscaling=SCALING)
+async def test_the_load_of_an_engine_that_has_been_silent_for_longer_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world, planner = await two_groups_and_one_is_silent(monkeypatch)
+    world.ctx.at += 11
     await planner.tick()
-    kept = world.server.objects[MEMORY]
-    owner = {**kept["metadata"]["ownerReferences"][0], "uid": "another"}
-    world.server.put(MEMORY, {**kept, "metadata": {**kept["metadata"], "ownerReferences": [owner]}})
-    world.scale("decode", 3)
-    await FleetPlanner(world.ctx, "ai", "r1").tick()  # that it cannot write its own yet is logged
-    assert "as found" in world.server.objects[DECODE]["status"]["scaling"]["reason"]
+    assert "no load from decode-1 for 10 s" in held(world)
 
 
-async def test_what_is_learned_is_written_at_most_every_30_s() -> None:
-    world, planner = await planned(autoscaling=SCALING)
+async def test_with_long_ticks_three_of_them_may_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, planner = await two_groups_and_one_is_silent(monkeypatch)
+    world.say(decode={"groups": 2, "autoscaling": {"minGroups": 1}}, planning={"tickSeconds": 20})
+    found = []
+    for _ in range(4):
+        world.ctx.at += 20
+        await planner.tick()
+        found.append("no load from decode-1 for 60 s" in held(world))
+    assert found == [False, False, False, True]
+
+
+async def test_what_a_group_said_before_it_was_gone_is_not_what_the_next_of_the_name_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world, planner = await two_groups_and_one_is_silent(monkeypatch)
+    gone = world.control.groups.pop("decode-1")
     await planner.tick()
-    fleet = world.server.objects[Key(FLEET, "ai", "r1")]
-    policy = plan_policy(
-        spec_of(fleet), *(PoolSpec.model_validate(world.server.objects[pool]["spec"]) for pool in POOLS)
-    )
-    memory = PlanningMemory(world.ctx)
-    state = memory.read(fleet, NOW)
-
-    async def kept(capacity: float, at: float) -> bool:
-        learned = replace(state.decode, capacity=Capacity(kept=capacity))
-        return await memory.write(fleet, replace(state, decode=learned), policy, at)
-
-    assert not await kept(100.0, NOW + 29)
-    assert await kept(100.0, NOW + 30)
-    assert not await kept(100.4, NOW + 100)  # no news
-    assert await kept(140.0, NOW + 100)
+    world.control.groups["decode-1"] = gone
+    await planner.tick()
+    assert "no load from decode-1" in held(world)
 
 
 async def test_the_load_is_told_rounded() -> None:
