@@ -171,8 +171,8 @@ class LocalCluster:
         watched = [self._gcs, *(process for _, process in self._nodes.values())]
         grown = asyncio.ensure_future(self._grown.wait())
         try:
-            ends = [asyncio.wrap_future(process.ended) for process in watched]
-            await asyncio.wait([grown, *ends], return_when=asyncio.FIRST_COMPLETED)
+            news: list[asyncio.Future[Any]] = [grown, *(asyncio.wrap_future(process.ended) for process in watched)]
+            await asyncio.wait(news, return_when=asyncio.FIRST_COMPLETED)
         finally:
             grown.cancel()
 
