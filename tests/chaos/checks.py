@@ -50,14 +50,14 @@ def answers(done: Iterable[Outcome], references: References, allows: frozenset[s
 
 
 def records(stage: Stage) -> dict[str, list[UsageRecord]]:
-    """Usage records by the request's `user`."""
-    found: dict[str, list[UsageRecord]] = {}
+    """Usage records by the request's `user`, each id once, as `tandem usage` counts them."""
+    found: dict[str, dict[str, UsageRecord]] = {}
     for folder in stage.usage_folders:
         for path in sorted(folder.glob("usage-*.jsonl")):
             for line in path.read_bytes().splitlines():
                 record = msgspec.json.decode(line, type=UsageRecord)
-                found.setdefault(record.user, []).append(record)
-    return found
+                found.setdefault(record.user, {}).setdefault(record.id, record)
+    return {user: list(mine.values()) for user, mine in found.items()}
 
 
 async def usage(stage: Stage, done: Iterable[Outcome], references: References) -> list[str]:

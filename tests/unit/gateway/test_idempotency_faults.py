@@ -169,6 +169,36 @@ async def test_a_client_that_leaves_while_its_answer_is_taken_leaves_it_to_the_n
         assert (await ask(two, stream=True).run()).text() == "hi there, you all"
 
 
+class Unclosed(ShakyJournal):
+    """Nobody can close an answer while it is so."""
+
+    shut = True
+
+    async def append(self, name: str, **fields: Any) -> Any:
+        if self.shut and fields["state"] is AnswerState.DONE:
+            raise JournalDown("it is away")
+        return await super().append(name, **fields)
+
+
+async def test_an_answer_that_was_counted_and_not_closed_is_counted_again_under_the_same_id() -> None:
+    journal = Unclosed()
+    async with keeping("p1", "d1", journal=journal) as one, keeping("p2", "d2", journal=journal) as two:
+        go = asyncio.Event()
+        one.engines["d1"].scripts.append(Script(ids=WHOLE, finish={"type": "stop", "matched": EOS_ID}, go=go))
+        two.engines["d2"].choose = rest
+        async with under_way(ask(one, stream=True), b" all"):
+            await one.until(lambda: journal.entries == 1)
+            go.set()
+        journal.kill(one.driver.incarnation)
+        journal.shut = False
+        assert (await ask(two, stream=True).run()).text() == "hi there, you all"
+        await two.until(lambda: bool(two.records))
+        (first,), (second,) = one.records, two.records
+        assert (first.id, first.prompt_tokens, first.completion_tokens) == (
+            (second.id, second.prompt_tokens, second.completion_tokens)
+        )
+
+
 async def test_who_was_told_the_end_takes_no_answer_over_while_it_still_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     journal = Lossy()
     told, read = asyncio.Event(), asyncio.Event()

@@ -31,12 +31,12 @@ async def test_another_gateway_goes_on_with_the_answer_of_a_dead_one() -> None:
             assert (second.text(), replayed(second)) == ("hi there, you all", True)
             behind = two.engines["d2"].bodies[0]["input_ids"]
             assert (len(behind) > 2, behind) == (True, [5, 6, *WHOLE][: len(behind)])
-            # The first is not dead, only thought so. What it does now does not count.
+            # The first is not dead, only thought so. What it counts now has the same id, so it counts once.
             go.set()
         await two.until(lambda: len(two.records) == 1)
         [record] = two.records
         assert (record.completion_tokens, record.prompt_tokens, record.migrations) == (len(WHOLE), 2, 1)
-    assert one.records == []
+    assert {other.id for other in one.records} <= {record.id}
 
 
 async def test_an_owner_that_was_thought_dead_ends_its_work_at_its_next_token() -> None:
