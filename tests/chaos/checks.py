@@ -51,14 +51,24 @@ def answers(done: Iterable[Outcome], references: References, allows: frozenset[s
 
 
 def records(stage: Stage) -> dict[str, list[UsageRecord]]:
-    """Usage records by the request's `user`, each id once, as `tandem usage` counts them."""
-    found: dict[str, dict[str, UsageRecord]] = {}
-    for folder in stage.usage_folders:
-        for path in sorted(folder.glob("usage-*.jsonl")):
-            for line in path.read_bytes().splitlines():
-                record = msgspec.json.decode(line, type=UsageRecord)
-                found.setdefault(record.user, {}).setdefault(record.id, record)
-    return {user: list(mine.values()) for user, mine in found.items()}
+    """Usage records by the request's `user`. Two gateways may have counted the same answer, under one id."""
+    written = [
+        (path, msgspec.json.decode(line, type=UsageRecord))
+        for folder in stage.usage_folders
+        for path in sorted(folder.glob("usage-*.jsonl"))
+        for line in path.read_bytes().splitlines()
+    ]
+    return once_each(written)
+
+
+def once_each(written: Iterable[tuple[Path, UsageRecord]]) -> dict[str, list[UsageRecord]]:
+    """Records and their files; one that another gateway has written, with the same tokens, is left out."""
+    found: dict[str, list[UsageRecord]] = {}
+    first: dict[tuple[str, int, int], Path] = {}
+    for path, record in written:
+        if first.setdefault((record.id, record.prompt_tokens, record.completion_tokens), path) == path:
+            found.setdefault(record.user, []).append(record)
+    return found
 
 
 async def usage(stage: Stage, done: Iterable[Outcome], references: References) -> list[str]:

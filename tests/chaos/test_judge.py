@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -13,7 +14,7 @@ import pytest
 
 from chaos.__main__ import _counts
 from chaos.aims import Aim
-from chaos.checks import miscounted, moved, nothing_left
+from chaos.checks import miscounted, moved, nothing_left, once_each
 from chaos.client import Outcome
 from chaos.engine_faults import Happening
 from chaos.measure import longest, percentile, rows
@@ -119,6 +120,20 @@ def test_a_stream_that_was_cut_must_have_moved(attempts: int, wrong: list[str]) 
     stream = changed(side=True, began=10.0, ended=14.0)
     found = {"r": [msgspec.structs.replace(RECORD, attempts=attempts)]}
     assert moved([cut], [stream], found) == wrong
+
+
+@pytest.mark.parametrize(
+    ("file", "tokens", "count"),
+    [
+        pytest.param("usage-b", 4, 1, id="another gateway says the same"),
+        pytest.param("usage-a", 4, 2, id="the same gateway says it twice"),
+        pytest.param("usage-b", 3, 2, id="another one says something else"),
+    ],
+)
+def test_only_another_gateway_may_count_an_answer_again(file: str, tokens: int, count: int) -> None:
+    mine = msgspec.structs.replace(RECORD, user="r")
+    again = msgspec.structs.replace(mine, completion_tokens=tokens)
+    assert len(once_each([(Path("usage-a"), mine), (Path(file), again)])["r"]) == count
 
 
 def test_of_tries_that_share_nothing_one_may_be_cut_short() -> None:

@@ -281,6 +281,7 @@ def install(
 def uninstall(fleet: LiveFleet) -> None:
     """Remove the fleet, and when its groups have gone, for which they need an operator, the release. CRDs stay, as Helm
     has it."""
-    fleet.kubectl("delete", "fleet", NAME, "--wait=true", f"--timeout={SOON:g}s")
+    fleet.kubectl("delete", "fleet", NAME, "--wait=false")
+    fleet.cluster.wait(lambda: not fleet.kubectl("get", "fleets", "-o", "name"), SOON, "the fleet is gone")
     fleet.cluster.wait(lambda: not fleet.kubectl("get", "epp,epg", "-o", "name"), SOON, "pools and groups are gone")
     helm("uninstall", "tandem", "--namespace", fleet.namespace, kubeconfig=fleet.cluster.kubeconfig)

@@ -118,8 +118,9 @@ def test_a_group_for_which_there_is_no_node_waits_and_says_so_until_there_is(fle
 
 
 def test_a_deleted_fleet_leaves_ray_as_it_was(fleet: LiveFleet) -> None:
-    fleet.kubectl("delete", "fleet", NAME, "--wait=true", "--timeout=120s")
-    fleet.cluster.wait(lambda: pods(fleet) == {"ray-head", "ray-1", "ray-2", "ray-3"}, 150, "only Ray's pods are left")
+    fleet.kubectl("delete", "fleet", NAME, "--wait=false")
+    fleet.cluster.wait(lambda: not fleet.kubectl("get", "fleets", "-o", "name"), START_S, "the fleet is gone")
+    fleet.cluster.wait(lambda: pods(fleet) == {"ray-head", "ray-1", "ray-2", "ray-3"}, START_S, "only Ray's are left")
     nodes = [pid for name in ("ray-1", "ray-2", "ray-3") for pid in fleet.cluster.kubelet.pids(name, fleet.namespace)]
     below = [command(one) for pid in nodes for one in psutil.Process(pid).children(recursive=True)]
     assert [one for one in below if "sglang" in one] == []

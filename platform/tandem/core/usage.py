@@ -19,7 +19,8 @@ _HOUR = 3600
 
 
 class UsageRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One request that is over, however it ended. Exactly one is written for each."""
+    """One request that is over, however it ended. Exactly one is written for each; a second one, of an answer whose
+    gateway died before it was closed, has the same id."""
 
     id: str
     """Unique, and made by the gateway: never what a client sent as `x-request-id`, which it may send twice."""

@@ -162,8 +162,8 @@ class LocalCluster:
                 if process.ended.done() and not self._gcs.ended.done():
                     if node == self.session.head:
                         return f"{process.epitaph()}, and it was the head"
-                    del self._nodes[node]
                     await asyncio.sleep(_REPLACE_S)  # one that cannot live must not keep the machine busy
+                    del self._nodes[node]  # only now: `grow` would add one for it
                     self._add(place, secrets.token_hex(28))
 
     async def _death_or_growth(self) -> None:

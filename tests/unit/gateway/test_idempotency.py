@@ -63,6 +63,36 @@ async def test_before_a_client_is_told_the_end_its_answer_is_counted_and_then_cl
         assert [kept.state for kept in journal._table._answers.values()] == [AnswerState.DONE]
 
 
+async def test_an_answer_whose_client_leaves_before_it_is_told_the_end_is_counted_and_closed() -> None:
+    journal = ShakyJournal()
+    async with keeping("p1", "d1", journal=journal) as made:
+        made.engines["d1"].scripts.append(saying("hi there"))
+        made.meter.disk.clear()
+        call = ask(made, stream=True)
+        running = asyncio.create_task(call.run())
+        await made.until(lambda: bool(made.records))
+        call.leave()
+        await running
+        made.meter.disk.set()
+        await made.until(lambda: [one.state for one in journal._table._answers.values()] == [AnswerState.DONE])
+        assert len(made.records) == 1
+
+
+async def test_an_answer_that_runs_on_without_its_client_is_counted_while_the_journal_is_away() -> None:
+    journal = ShakyJournal()
+    async with keeping("p1", "d1", journal=journal) as made:
+        go = asyncio.Event()
+        made.engines["d1"].scripts.append(saying("hi there", go=go))
+        call = ask(made, stream=True)
+        async with under_way(call, b"her"):
+            call.leave()
+        journal.away = True
+        go.set()
+        await made.until(lambda: len(made.records) == 1)
+        journal.away = False
+        await made.until(lambda: [one.state for one in journal._table._answers.values()] == [AnswerState.DONE])
+
+
 async def test_requests_without_a_key_are_served_anew() -> None:
     async with keeping("p1", "d1") as made:
         one, two = await made.complete(), await made.complete()

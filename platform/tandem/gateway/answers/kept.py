@@ -37,7 +37,7 @@ AWAY_S = 5.0
 """A follower whose journal has been away for so long goes on by itself: a doubled effort is better than none."""
 RETRY_S = 0.25
 SETTLE_S = 0.5
-"""So long the end of an answer waits until it is closed in the journal."""
+"""So long the end of an answer waits until it is counted, and closed in the journal."""
 WANTED_S = 2.0
 """An answer whose client has gone goes on so long at a time while others follow it."""
 TRIES = 20
@@ -158,21 +158,18 @@ class Kept:
 
     async def settle(self, record: UsageRecord, *, known: bool) -> None:
         """The answer is complete, and this is the request's share: count it and close it, before the client is told.
-        What takes longer than `SETTLE_S`, as with a journal that is away, goes on in the background.
-
-        Counted first: whoever dies in between leaves an answer that another one closes, and counts under the same id.
-        The other way round it would be replayed, and never be counted.
-        """
+        What takes longer than `SETTLE_S`, as with a journal that is away, goes on in the background."""
         self._settled = True
         self._stop_following()
         recorder, self._recorder = self._recorder, None
-        if self.owns and known and not (recorder is not None and recorder.fenced):
-            await self._service.meter.written(record)
         if recorder is not None:
-            closing = self._answers.finish(self._close(recorder, None, None))
+            # Whoever waits here may be cancelled, as his client leaves; this is done all the same.
+            closing = self._answers.finish(self._close(recorder, None, record if known else None))
             await asyncio.wait([closing], timeout=SETTLE_S)
         else:
             self._let_go()
+            if self.owns and known:
+                await self._service.meter.written(record)
 
     def over(self, asked: Asked, record: UsageRecord, *, known: bool) -> None:
         """The request is over, and this is its share: it is counted if the answer was its own to the end."""
@@ -255,6 +252,12 @@ class Kept:
             return False
 
     async def _close(self, recorder: Recorder, left: Left | None, record: UsageRecord | None) -> None:
+        """A complete answer (`left` is None) is counted first: whoever dies in between leaves one that another gateway
+        closes, and counts under the same id. The other way round it would be replayed, and never be counted. A part is
+        counted last: whoever goes on behind it counts the rest, if he knows of it."""
+        if left is None and record is not None and not recorder.fenced:
+            await self._service.meter.written(record)
+            record = None
         try:
             await recorder.close(left)
         finally:

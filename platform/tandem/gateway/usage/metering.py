@@ -71,18 +71,18 @@ class Meter:
 
     def record(self, record: UsageRecord) -> bool:
         """Take the record of a request that is over; return whether it is to be written. Never waits, never raises; a
-        second one for it is ignored."""
+        second one for it is ignored: of an answer that was taken for dead and over, here, there may be one."""
         if self._sink is None:
             return False
         if record.id in self._known:
-            log.error("request %s was metered twice; the second record is ignored: %r", record.id, record)
+            log.warning("request %s was metered twice; the second record is ignored: %r", record.id, record)
+            return False
+        if len(self._queue) >= self._limit:
+            self._drop(1)
             return False
         self._known[record.id] = None
         if len(self._known) > _KNOWN_IDS:
             self._known.popitem(last=False)
-        if len(self._queue) >= self._limit:
-            self._drop(1)
-            return False
         self._queue.append(record)
         self._metrics.usage_pending.set(len(self._queue))
         self._wake.set()
