@@ -62,6 +62,10 @@ def main(
     sys.exit(1 if any(report.wrong for report in reports) else 0)
 
 
+_ROUNDING = 1e-9
+"""A share of all is all, whatever the division says."""
+
+
 def _counts(chosen: list[Scenario], faults: int) -> list[tuple[Scenario, int]]:
     """How many faults each scenario gets, at least one: together no fewer than wanted. Where nothing does harm, its
     share comes on top of theirs, if there are any."""
@@ -69,7 +73,10 @@ def _counts(chosen: list[Scenario], faults: int) -> list[tuple[Scenario, int]]:
     whole = sum(shares[scenario.name] for scenario in chosen if scenario.harms)
     on_top = 1.0 if whole else sum(shares.values())
     return [
-        (scenario, max(1, math.ceil(faults * shares[scenario.name] / (whole if scenario.harms else on_top))))
+        (
+            scenario,
+            max(1, math.ceil(faults * shares[scenario.name] / (whole if scenario.harms else on_top) - _ROUNDING)),
+        )
         for scenario in chosen
     ]
 
