@@ -98,21 +98,9 @@ async def until(true: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_a_node_that_dies_is_replaced(folder: Path) -> None:
-    cluster = LocalCluster.start(folder, 2)
-    try:
-        tending = asyncio.create_task(cluster.tend())
-        gcs, head, node = cluster.pids
-        os.kill(node, signal.SIGKILL)
-        await until(lambda: node not in cluster.pids and len(cluster.pids) == 3)
-        assert cluster.pids[:2] == [gcs, head]
-        tending.cancel()
-    finally:
-        cluster.stop()
-
-
-async def test_a_node_that_was_added_later_is_replaced_too(folder: Path) -> None:
-    cluster = LocalCluster.start(folder, 1)
+@pytest.mark.parametrize("later", [False, True], ids=["from the start", "added later"])
+async def test_a_node_that_dies_is_replaced(folder: Path, later: bool) -> None:
+    cluster = LocalCluster.start(folder, 1 if later else 2)
     try:
         tending = asyncio.create_task(cluster.tend())
         await asyncio.sleep(0)  # it waits for deaths among the nodes of now

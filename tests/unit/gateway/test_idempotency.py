@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from engine_standin import Script
-from gateway_world import Answer, saying
+from gateway_world import Answer, Call, World, saying
 from kept_world import ASKS, KEY, WHOLE, ShakyJournal, ask, keeping, replayed, rest, under_way, work
 
 from tandem.core.answers import AnswerState
@@ -47,34 +49,40 @@ def text_of(answer: Answer) -> str:
     return found
 
 
-async def test_before_a_client_is_told_the_end_its_answer_is_counted_and_then_closed() -> None:
-    journal = ShakyJournal()
+def states(journal: ShakyJournal) -> list[AnswerState]:
+    return [kept.state for kept in journal._table._answers.values()]
+
+
+@contextlib.asynccontextmanager
+async def untold(journal: ShakyJournal) -> AsyncIterator[tuple[World, Call, asyncio.Task[Answer]]]:
+    """An answer that is complete, and whose record is not written yet: its client is not told the end."""
     async with keeping("p1", "d1", journal=journal) as made:
         made.engines["d1"].scripts.append(saying("hi there"))
         made.meter.disk.clear()
         call = ask(made, stream=True)
         running = asyncio.create_task(call.run())
         await made.until(lambda: bool(made.records))
+        yield made, call, running
+
+
+async def test_before_a_client_is_told_the_end_its_answer_is_counted_and_then_closed() -> None:
+    journal = ShakyJournal()
+    async with untold(journal) as (made, call, running):
         await asyncio.sleep(0.05)  # the end would have come
         assert not call.answer.complete
-        assert [kept.state for kept in journal._table._answers.values()] == [AnswerState.OPEN]
+        assert states(journal) == [AnswerState.OPEN]
         made.meter.disk.set()
         assert ((await running).text(), len(made.records)) == ("hi there", 1)
-        assert [kept.state for kept in journal._table._answers.values()] == [AnswerState.DONE]
+        assert states(journal) == [AnswerState.DONE]
 
 
 async def test_an_answer_whose_client_leaves_before_it_is_told_the_end_is_counted_and_closed() -> None:
     journal = ShakyJournal()
-    async with keeping("p1", "d1", journal=journal) as made:
-        made.engines["d1"].scripts.append(saying("hi there"))
-        made.meter.disk.clear()
-        call = ask(made, stream=True)
-        running = asyncio.create_task(call.run())
-        await made.until(lambda: bool(made.records))
+    async with untold(journal) as (made, call, running):
         call.leave()
         await running
         made.meter.disk.set()
-        await made.until(lambda: [one.state for one in journal._table._answers.values()] == [AnswerState.DONE])
+        await made.until(lambda: states(journal) == [AnswerState.DONE])
         assert len(made.records) == 1
 
 
@@ -90,7 +98,7 @@ async def test_an_answer_that_runs_on_without_its_client_is_counted_while_the_jo
         go.set()
         await made.until(lambda: len(made.records) == 1)
         journal.away = False
-        await made.until(lambda: [one.state for one in journal._table._answers.values()] == [AnswerState.DONE])
+        await made.until(lambda: states(journal) == [AnswerState.DONE])
 
 
 async def test_requests_without_a_key_are_served_anew() -> None:
@@ -258,7 +266,7 @@ async def test_a_journal_that_goes_away_in_between_holds_up_no_end_and_has_all_o
             assert (await first).complete
         assert len(made.records) == 1  # whatever becomes of this gateway before the journal is back
         journal.away = False
-        await made.until(lambda: all(kept.state is AnswerState.DONE for kept in journal._table._answers.values()))
+        await made.until(lambda: states(journal) == [AnswerState.DONE])
         second = await ask(made, stream=True).run()
         assert (second.text(), (await first).text(), work(made)) == ("hi there", "hi there", 1)
 
