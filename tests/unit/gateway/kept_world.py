@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from engine_standin import Script
@@ -86,6 +86,58 @@ class ShakyJournal(LocalJournal):
         kept = self._table._answers.get(name)
         if kept is not None and kept.state is AnswerState.OPEN and kept.owner.partition(":")[0] in self.dead:
             kept.state = AnswerState.FREE
+
+
+class Lossy(ShakyJournal):
+    """Loses replies of what was done."""
+
+    def __init__(self, loses: Callable[[str, dict[str, Any]], bool] = lambda call, fields: False) -> None:
+        super().__init__()
+        self.loses = loses
+        self.lost = 0
+        self.gate: asyncio.Event | None = None
+        """`take` answers then."""
+        self.taken = False
+
+    async def take(self, name: str, **fields: Any) -> bool:
+        found = await super().take(name, **fields)
+        self.taken = True
+        if self.gate is not None:
+            await self.gate.wait()
+        self._lose("take", fields)
+        return found
+
+    async def append(self, name: str, **fields: Any) -> Any:
+        found = await super().append(name, **fields)
+        self._lose("append", fields)
+        return found
+
+    async def restart(self, name: str, **fields: Any) -> bool:
+        found = await super().restart(name, **fields)
+        self._lose("restart", fields)
+        return found
+
+    def _lose(self, call: str, fields: dict[str, Any]) -> None:
+        if self.loses(call, fields):
+            self.lost += 1
+            raise JournalDown("it is slow")
+
+    @property
+    def states(self) -> list[AnswerState]:
+        return [kept.state for kept in self._table._answers.values()]
+
+
+def once(state: AnswerState) -> Callable[[str, dict[str, Any]], bool]:
+    """Loses the first reply to an append with this state."""
+    seen: list[bool] = []
+
+    def loses(call: str, fields: dict[str, Any]) -> bool:
+        if call != "append" or fields["state"] is not state or seen:
+            return False
+        seen.append(True)
+        return True
+
+    return loses
 
 
 @contextlib.asynccontextmanager
