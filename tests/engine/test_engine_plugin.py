@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from support.oracle import Oracle
 from support.pair import EngineError, EngineGroup, EnginePair
+from support.penalized import PENALTIES, penalized
 from tandem.core.pair_events import FailureKind
 from tandem.core.types import RankState
 from tandem.engine.plugin.resume import RESUMED
@@ -35,12 +35,6 @@ SCHEMA = {
     "required": ["city", "tags"],
     "additionalProperties": False,
 }
-PENALTIES: list[dict[str, Any]] = [
-    {"frequency_penalty": 1.5},
-    {"presence_penalty": 1.0},
-    {"repetition_penalty": 1.3},
-    {"frequency_penalty": 0.7, "presence_penalty": 0.3, "repetition_penalty": 1.1},
-]
 GRAMMARS: list[dict[str, Any]] = [
     {"json_schema": json.dumps(SCHEMA)},
     {"regex": "(ab|cd)+[0-9]{3,40}"},
@@ -74,39 +68,16 @@ def resumed(pair: EnginePair, whole: list[int], count: int, **sampling: Any) -> 
     )
 
 
-def penalized(oracle: Oracle, frequency: float, presence: float, repetition: float) -> list[int]:
-    """Greedy continuation by transformers, with SGLang's penalties over all output."""
-    counts = torch.zeros(oracle.model.config.vocab_size)
-    found: list[int] = []
-    with torch.no_grad():
-        for _ in range(TOKENS):
-            logits = oracle.model(torch.tensor([PROMPT + found])).logits[0, -1].clone()
-            said = counts > 0
-            logits -= frequency * counts + presence * said
-            logits[said] = torch.where(logits[said] < 0, logits[said] * repetition, logits[said] / repetition)
-            found.append(int(logits.argmax()))
-            counts[found[-1]] += 1
-    return found
-
-
-@pytest.mark.parametrize("penalties", PENALTIES[:3])
+@pytest.mark.parametrize("penalties", PENALTIES)
 def test_an_uninterrupted_stream_counts_all_its_output(
-    pair: EnginePair, oracle: Oracle, penalties: dict[str, float]
+    pair: EnginePair, oracle: Oracle, penalties: dict[str, Any]
 ) -> None:
-    expected = penalized(
-        oracle,
-        penalties.get("frequency_penalty", 0),
-        penalties.get("presence_penalty", 0),
-        penalties.get("repetition_penalty", 1),
-    )
-    assert pair.generate(PROMPT, ignore_eos=True, **penalties) == expected
+    assert pair.generate(PROMPT, ignore_eos=True, **penalties) == penalized(oracle, PROMPT, TOKENS, **penalties)
 
 
 @pytest.mark.parametrize("penalties", [{}, *PENALTIES])
 @pytest.mark.parametrize("count", [1, 5, TOKENS - 1])
-def test_a_resumed_stream_with_penalties_says_the_rest(
-    pair: EnginePair, penalties: dict[str, float], count: int
-) -> None:
+def test_a_resumed_stream_with_penalties_says_the_rest(pair: EnginePair, penalties: dict[str, Any], count: int) -> None:
     whole = pair.generate(PROMPT, ignore_eos=True, **penalties)
     assert resumed(pair, whole, count, ignore_eos=True, **penalties) == whole[count:]
 

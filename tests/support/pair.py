@@ -1,4 +1,4 @@
-"""A prefill and a decode group of real engines, of two ranks each, without Ray, controller or gateway."""
+"""A prefill and a decode group of real engines, without Ray, controller or gateway."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -20,33 +20,40 @@ from tandem.core.types import RankState, Role
 from tandem.engine.client import EngineClient, EngineError, TokenStream
 from tandem.engine.heartbeat import read_beats
 from tandem.engine.launch import RankEndpoints, launch_args, launch_env
+from tandem.fleet.engines import CPU_SERVER, GPU_SERVER
 from tandem.fleet.nursery import NurseryProcess
+from tandem.fleet.plan import read_shape
 from tandem.fleet.rank import DIST, HTTP, RankActor, RankSettings, RankStatus, bootstrap_place
-from tandem.models.catalog import load_shape
 
 HOST = "127.0.0.1"
 NODES = 2
-START_S = 150.0
+START_S = {"cpu": 150.0, "cuda": 400.0}
+"""On a GPU SGLang compiles its kernels at their first use."""
 T = TypeVar("T")
+Device = Literal["cpu", "cuda"]
 
 
 class EngineGroup:
     """The ranks of one group, each with its actor, which here is an object of this process."""
 
-    def __init__(self, role: Role, settings: RankSettings) -> None:
+    def __init__(self, role: Role, settings: RankSettings, device: Device, *, number: int = 0) -> None:
+        """On GPUs it has one rank, with one GPU."""
         self.role = role
-        self.actors = [RankActor(f"{role}-0", 1, rank, settings, host=HOST, node="here") for rank in range(NODES)]
+        self.name = f"{role}-{number}"
+        self.layout = GroupLayout(role=role, nodes=NODES if device == "cpu" else 1, device=device)
+        ranks = range(self.layout.nodes)
+        self.actors = [RankActor(self.name, 1, rank, settings, host=HOST, node="here") for rank in ranks]
         self.endpoints: list[RankEndpoints] = []
-        self.folders = [Path(settings.scratch) / "beats" / f"{role}-0-e1-r{rank}" for rank in range(NODES)]
+        self.folders = [Path(settings.scratch) / "beats" / f"{self.name}-e1-r{rank}" for rank in ranks]
 
     @property
     def url(self) -> str:
         return f"http://{HOST}:{self.endpoints[0].http_port}"
 
-    async def start(self, model: Path, extra: Sequence[str] = ()) -> None:
-        """Start all ranks; returns when they are ready."""
-        layout = GroupLayout(role=self.role, nodes=NODES)
-        plan = plan_group(load_shape("tiny"), layout)
+    async def start(self, model: Path, extra: Sequence[str] = (), without: Sequence[str] = ()) -> None:
+        """Start all ranks; returns when they are ready. `without`: flags that they do not get."""
+        layout, server = self.layout, CPU_SERVER if self.layout.device == "cpu" else GPU_SERVER
+        plan = plan_group(read_shape(model), layout)
         ports = [(await actor.prepare({})).first_port for actor in self.actors]
         self.endpoints = [
             RankEndpoints(
@@ -60,9 +67,10 @@ class EngineGroup:
         ]
         for rank, (actor, where) in enumerate(zip(self.actors, self.endpoints, strict=True)):
             arguments = launch_args(str(model), layout, plan, rank, where, extra)
-            command = (sys.executable, "-m", "tandem.engine.cpu.launch_server", *arguments)
+            kept = (argument for argument in arguments if argument not in without)
+            command = (sys.executable, "-m", server, *kept)
             await actor.start(command, launch_env(layout, plan, rank, where), where)
-        ready = await asyncio.gather(*(actor.wait_ready(START_S) for actor in self.actors))
+        ready = await asyncio.gather(*(actor.wait_ready(START_S[layout.device]) for actor in self.actors))
         assert all(ready), [await actor.health() for actor in self.actors]
 
     def beats(self, rank: int) -> dict[int, Beat]:
@@ -78,25 +86,46 @@ class EngineGroup:
 
 
 class EnginePair:
-    """Both groups, and a client. Its loop runs in a thread, so tests call it as they like."""
+    """Both groups, and a client. Its loop runs in a thread, so tests call it as they like.
+
+    On a GPU the engines share it, and there may be spare decode groups.
+    """
 
     def __init__(
-        self, model: Path, folder: Path, *, limits: Limits | None = None, decode: Sequence[str] = (), scratch: Path
+        self,
+        model: Path,
+        folder: Path,
+        *,
+        scratch: Path,
+        device: Device = "cpu",
+        spares: int = 0,
+        limits: Limits | None = None,
+        args: Sequence[str] = (),
+        decode: Sequence[str] = (),
+        overlap: bool = False,
     ) -> None:
-        """`decode`: further flags of the decode group. `scratch`: a folder with a short path."""
+        """`scratch`: a folder with a short path. `args`: further flags of all groups; `decode`: of decode's only.
+        `overlap`: decode has SGLang's overlap scheduler, which it always has on a GPU."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self._rooms = itertools.count(random.randrange(1, 2**40) * 2, 2)
         folder.mkdir(parents=True, exist_ok=True)
         self.client = self.call(self._client())
-        self.nursery = self.call(NurseryProcess.start(scratch, folder / "nursery.log"), START_S)
+        self.nursery = None
+        if device == "cpu":
+            self.nursery = self.call(NurseryProcess.start(scratch, folder / "nursery.log"), START_S[device])
         settings = RankSettings(
-            logs=str(folder), scratch=str(scratch), nursery=str(self.nursery.path), limits=limits or Limits()
+            logs=str(folder),
+            scratch=str(scratch),
+            nursery=str(self.nursery.path) if self.nursery else "",
+            limits=limits or Limits.within(None, device),
         )
-        self.prefill, self.decode = (EngineGroup(role, settings) for role in (Role.PREFILL, Role.DECODE))
+        self.prefill = EngineGroup(Role.PREFILL, settings, device)
+        self.decodes = [EngineGroup(Role.DECODE, settings, device, number=number) for number in range(1 + spares)]
+        self.decode = self.decodes[0]
         try:
-            self.call(self._start(model, decode), 2 * START_S)
+            self.call(self._start(model, args, decode, overlap), 2 * START_S[device])
         except BaseException:
             self.stop()
             raise
@@ -173,13 +202,16 @@ class EnginePair:
     async def _client(self) -> EngineClient:
         return EngineClient()
 
-    async def _start(self, model: Path, decode: Sequence[str]) -> None:
-        await asyncio.gather(self.prefill.start(model), self.decode.start(model, decode))
+    async def _start(self, model: Path, args: Sequence[str], decode: Sequence[str], overlap: bool) -> None:
+        without = ("--disable-overlap-schedule",) if overlap else ()
+        decodes = (group.start(model, [*args, *decode], without) for group in self.decodes)
+        await asyncio.gather(self.prefill.start(model, args), *decodes)
 
     async def _stop(self) -> None:
-        await asyncio.gather(self.prefill.stop(), self.decode.stop())
+        await asyncio.gather(*(group.stop() for group in (self.prefill, *self.decodes)))
         await self.client.close()
-        await self.nursery.stop()
+        if self.nursery:
+            await self.nursery.stop()
 
 
 __all__ = ["EngineError", "EngineGroup", "EnginePair"]

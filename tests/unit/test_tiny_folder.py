@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tandem.cli.model import app
+from tandem.core.shape import ModelShape
 from tandem.models.catalog import load_shape
 from tandem.models.tiny import MARK, TinyError, ensure_tiny
 
@@ -26,13 +27,20 @@ def contents_of(parent: Path) -> list[str]:
     return sorted(path.name for path in parent.iterdir())
 
 
+def test_with_r1s_mla_a_token_takes_as_much_kv_per_layer_as_in_r1(tmp_path: Path) -> None:
+    ensure_tiny(tmp_path / "wide", mla="r1", **SMALL)
+    wide = ModelShape.from_config(json.loads((tmp_path / "wide" / "config.json").read_text()))
+    r1 = load_shape("r1")
+    assert (wide.kv_lora_rank, wide.qk_rope_head_dim) == (r1.kv_lora_rank, r1.qk_rope_head_dim)
+
+
 def test_the_default_model_is_the_same_on_every_machine(tmp_path: Path) -> None:
     ensure_tiny(tmp_path / "tiny")
     assert digests(tmp_path / "tiny") == {
         "config.json": "c2ee7f586d3ce7e0a50c543d7ba35bcdf04c80f5cc2dc71617ec2c9279a9d6c3",
         "generation_config.json": "a0611b790e87859a12ece618b49c0a2647910f1bfb6c6caeb874104c08015a64",
         "model.safetensors": "4def9a4d6d05a778bac539d92cba6a191d90050dea13a4b4d3a0ea838053481f",
-        "tandem.json": "75899dd38d7cf5db15bcf4496fd469d78e88dd6fb35bf2d7f62bc08df2166b0b",
+        "tandem.json": "a83f848cda05719ff9792bb9f65de4590dbee90a704636fccc603619e3fd9162",
         "tokenizer.json": "c18e84652c5f1fecaebcf7ef213eaa93472fd87464dd53fee504d924b3115ba4",
         "tokenizer_config.json": "34d24026a1f37b484cd332302badab309267868d371cc6a3e6b1cab13adcff70",
     }
@@ -120,6 +128,7 @@ def test_somebody_elses_files_are_not_replaced(tmp_path: Path) -> None:
         ({"hidden_size": 100}, "must be a multiple of 64"),
         ({"context": 1024}, "must be a multiple of 1024, and 2048 or more"),
         ({"dtype": "int8"}, "must be float32 or bfloat16"),
+        ({"mla": "v2"}, "must be tiny or r1"),
         ({"seed": -1}, "it must be 0 or more"),
         ({"expert": 8}, "unknown field `expert`"),
     ],

@@ -33,6 +33,7 @@ def make(
     experts_per_token: Annotated[int, typer.Option(help="Experts a token uses (num_experts_per_tok).")] = 4,
     context: Annotated[int, typer.Option(help="Longest sequence in tokens, a multiple of 1,024.")] = 4096,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    mla: Annotated[str, typer.Option(help="Sizes of MLA: tiny, or r1, R1's own; for GPUs.")] = "tiny",
 ) -> None:
     """Make the tiny R1-architecture model: the same bytes on every machine. A complete one is left alone."""
     from tandem.models.tiny import TinyError, ensure_tiny
@@ -51,6 +52,7 @@ def make(
             experts_per_token=experts_per_token,
             context=context,
             dtype=dtype,
+            mla=mla,
         )
     except TinyError as error:
         _fail(str(error))

@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,12 @@ _ROPE_ORIGINAL_CONTEXT = 1024
 _HEAD_SCALE = {number: 0.0 for text, number in SPECIAL_IDS.items() if text != EOS} | {SPECIAL_IDS["</think>"]: 1.5}
 
 
+MLA: Mapping[str, Mapping[str, int]] = {
+    "tiny": {"kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32},
+    "r1": {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
+}
+
+
 class TinyError(ValueError):
     """The options do not make a model, or the folder must not be written to. The message says why."""
 
@@ -55,6 +61,8 @@ class TinyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     context: int = 4096
     """Longest sequence in tokens, a multiple of 1,024: YaRN stretches 1,024 positions to it."""
     dtype: str = "float32"
+    mla: str = "tiny"
+    """Sizes of the latent and the heads: of the tiny model, or R1's own, as GPU kernels know no others."""
 
     def __post_init__(self) -> None:
         for field in ("layers", "heads", "experts", "expert_groups", "topk_groups", "experts_per_token"):
@@ -75,11 +83,14 @@ class TinyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             )
         if self.dtype not in ("float32", "bfloat16"):
             raise TinyError(f"dtype is {self.dtype!r}; it must be float32 or bfloat16")
+        if self.mla not in MLA:
+            raise TinyError(f"mla is {self.mla!r}; it must be {' or '.join(MLA)}")
 
 
 def tiny_config(options: TinyOptions | None = None) -> dict[str, object]:
     """The content of `config.json`, with the keys of R1's. Raises TinyError for impossible options."""
     o = options or TinyOptions()
+    mla = MLA[o.mla]
     config: dict[str, object] = {
         "architectures": ["DeepseekV3ForCausalLM"],
         "attention_bias": False,
@@ -91,7 +102,7 @@ def tiny_config(options: TinyOptions | None = None) -> dict[str, object]:
         "hidden_size": o.hidden_size,
         "initializer_range": 0.02,
         "intermediate_size": 2 * o.hidden_size,
-        "kv_lora_rank": 64,
+        "kv_lora_rank": mla["kv_lora_rank"],
         "max_position_embeddings": o.context,
         "model_type": "deepseek_v3",
         "moe_intermediate_size": o.hidden_size // 2,
@@ -106,8 +117,8 @@ def tiny_config(options: TinyOptions | None = None) -> dict[str, object]:
         "num_key_value_heads": o.heads,
         "num_nextn_predict_layers": 0,
         "q_lora_rank": 96,
-        "qk_nope_head_dim": 32,
-        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": mla["qk_nope_head_dim"],
+        "qk_rope_head_dim": mla["qk_rope_head_dim"],
         "rms_norm_eps": 1e-06,
         "rope_scaling": {
             "beta_fast": 32,
@@ -126,7 +137,7 @@ def tiny_config(options: TinyOptions | None = None) -> dict[str, object]:
         "topk_method": "noaux_tc",
         "torch_dtype": o.dtype,
         "use_cache": True,
-        "v_head_dim": 32,
+        "v_head_dim": mla["v_head_dim"],
         "vocab_size": VOCAB_SIZE,
     }
     try:

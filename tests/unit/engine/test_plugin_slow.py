@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -78,6 +79,30 @@ def test_only_needed_hooks_are_missed(monkeypatch: pytest.MonkeyPatch) -> None:
         hook.Hook("c", print, "after", needed=False),
     ]
     assert hook.missing(found) == ["b"]
+
+
+@pytest.fixture
+def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package `frail`: one module is whole, one hides why it cannot be imported, as transformers does."""
+    package = tmp_path / "frail"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "whole.py").write_text("class Scheduler: ...\n")
+    (package / "torn.py").write_text(
+        "try:\n    import no_such_library\nexcept ImportError as e:\n    raise ModuleNotFoundError('no Auto') from e\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+@pytest.mark.usefixtures("broken")
+def test_a_hook_whose_module_cannot_be_imported_is_told_with_what_is_missing() -> None:
+    found = hook.broken_import(["frail.whole.Scheduler.turn", "frail.torn.Scheduler.turn"])
+    assert found == "frail.torn cannot be imported: No module named 'no_such_library'"
+
+
+@pytest.mark.usefixtures("broken")
+def test_a_hook_that_is_missing_for_another_reason_blames_no_import() -> None:
+    assert hook.broken_import(["frail.whole.Scheduler.gone", "frail.whole.gone"]) == ""
 
 
 class Threads:

@@ -77,6 +77,8 @@ def check_hooks() -> None:
         name for name, taken in (("NIXL", nixl_host.installed()), ("MLA attention", attention.installed())) if not taken
     ]
     if missing:
+        if broken := hook.broken_import(missing):
+            raise EngineError(f"{broken}, so Tandem's hooks did not take: mend the installation")
         raise EngineError(
             f"these hooks of the CPU engine did not take: {', '.join(missing)}. SGLang's log above says why; "
             "the installed SGLang is not the one that Tandem was built for, or another plug-in is in the way."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -30,3 +31,23 @@ def missing(hooks: Iterable[Hook]) -> list[str]:
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     return sorted({hook.target for hook in hooks if hook.needed} - HookRegistry._patched)
+
+
+def broken_import(targets: Iterable[str]) -> str:
+    """The error at the bottom of the first import of a target's module that fails, with the module's name; empty if all
+    of them can be imported. SGLang looks targets up by `pkgutil.resolve_name`, which hides such errors: its log only
+    says that a package has no such attribute."""
+    for target in targets:
+        name = ""
+        for part in target.split("."):
+            name = f"{name}.{part}".lstrip(".")
+            try:
+                importlib.import_module(name)
+            except ImportError as error:
+                if isinstance(error, ModuleNotFoundError) and error.name == name:
+                    break  # a class or a function of the module before it
+                bottom: BaseException = error
+                while (below := bottom.__cause__ or bottom.__context__) is not None:
+                    bottom = below
+                return f"{name} cannot be imported: {bottom}"
+    return ""

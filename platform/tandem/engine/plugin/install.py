@@ -47,6 +47,8 @@ def everywhere() -> tuple[Hook, ...]:
             penalties.count_history,
             "after",
         ),
+        Hook(f"{managers}.schedule_batch.ScheduleBatch.cumulate_penalty_output_tokens", penalties.count_new, "around"),
+        Hook(f"{scheduler}._forward_isolation", penalties.count_in_flight, "around"),
         Hook(f"{grammar}.process_req_with_grammar", grammars.read_at_once, "around"),
         Hook(f"{grammar}.get_ready_grammar_requests", grammars.read_when_compiled, "after"),
         Hook(
@@ -113,6 +115,8 @@ def register() -> None:
 def check_hooks() -> None:
     """Raise `PluginError` unless every hook has taken effect in this process."""
     if missing := hook.missing(hooks()):
+        if broken := hook.broken_import(missing):
+            raise PluginError(f"{broken}, so Tandem's hooks did not take: mend the installation")
         raise PluginError(
             f"these hooks of Tandem did not take: {', '.join(missing)}. SGLang's log above says why; "
             "another plug-in may be in the way."
