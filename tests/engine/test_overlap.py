@@ -13,7 +13,7 @@ import pytest
 
 from support.oracle import Oracle
 from support.pair import EnginePair
-from support.penalized import PENALTIES, penalized
+from support.penalized import FAVOURED, PENALTIES, penalized
 from tandem.engine.plugin.resume import RESUMED
 
 pytestmark = pytest.mark.timeout(300)
@@ -24,8 +24,11 @@ TOKENS = 24
 
 @pytest.fixture(scope="module")
 def pair(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EnginePair]:
+    """Its decode ranks have room for 400 tokens, so that several long streams must take turns."""
+    little = ("--max-total-tokens", "400", "--num-reserved-decode-tokens", "8")
     with tempfile.TemporaryDirectory(prefix="tandem-") as scratch:
-        pair = EnginePair(tiny, tmp_path_factory.mktemp("overlap"), scratch=Path(scratch), overlap=True)
+        folder = tmp_path_factory.mktemp("overlap")
+        pair = EnginePair(tiny, folder, scratch=Path(scratch), decode=little, overlap=True)
         try:
             yield pair
         finally:
@@ -53,9 +56,19 @@ def test_a_resumed_stream_with_penalties_says_the_rest(pair: EnginePair, penalti
     assert rest == whole[count:]
 
 
-def test_streams_with_other_penalties_beside_one_another_say_what_they_say_alone(pair: EnginePair) -> None:
-    """They come and go at other times, so that rows are merged and dropped while tokens are in flight."""
-    asked = [{**penalties, "max_new_tokens": 10 * (1 + number)} for number, penalties in enumerate([{}, *PENALTIES])]
+def test_the_scheduler_does_overlap(pair: EnginePair) -> None:
+    """Else these tests would show nothing."""
+    assert all("'disable_overlap_schedule': False" in log for log in pair.decode.logs())
+    assert all("'disable_overlap_schedule': True" in log for log in pair.prefill.logs())
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_streams_that_come_and_go_beside_one_another_say_what_they_say_alone(pair: EnginePair, order: int) -> None:
+    """Those with penalties end first, or those without: rows are merged and dropped while tokens are in flight."""
+    lengths = range(10, 70, 10)[::order]
+    asked = [
+        {**penalties, "max_new_tokens": length} for penalties, length in zip([*PENALTIES, {}, {}], lengths, strict=True)
+    ]
     alone = [pair.generate(PROMPT, ignore_eos=True, **one) for one in asked]
 
     async def together() -> list[list[int]]:
@@ -64,10 +77,31 @@ def test_streams_with_other_penalties_beside_one_another_say_what_they_say_alone
     assert [pair.call(together()) for _ in range(3)] == [alone] * 3
 
 
-def test_a_stream_says_at_least_its_min_new_tokens(pair: EnginePair) -> None:
-    """`stop_token_ids` holds what it would say third."""
-    whole = pair.generate(PROMPT, ignore_eos=True)
-    stop = {"stop_token_ids": [whole[2]], "min_new_tokens": 6}
-    said = pair.generate(PROMPT, **stop)
-    assert whole[2] not in said[:6]
-    assert len(said) > 6
+@pytest.mark.parametrize("penalties", [PENALTIES[0], PENALTIES[3]])
+def test_streams_that_had_to_take_turns_say_what_they_say_alone(pair: EnginePair, penalties: dict[str, Any]) -> None:
+    """Decode has no room for four; SGLang retracts some, and takes them up again."""
+    wanted = {"ignore_eos": True, "max_new_tokens": 150, **penalties}
+    alone = pair.generate(PROMPT, **wanted)
+
+    async def together() -> list[list[int]]:
+        return await asyncio.gather(*(pair.both(PROMPT, **wanted) for _ in range(4)))
+
+    assert pair.call(together()) == [alone] * 4
+    assert any("retract" in log.lower() for log in pair.decode.logs())
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_a_stream_does_not_stop_before_its_min_new_tokens(pair: EnginePair, oracle: Oracle, count: int) -> None:
+    """Also one that is resumed: what it has said is taken off, as the gateway does."""
+    bias, stop = {**FAVOURED, "400": 20.0}, [400]
+    whole = penalized(oracle, PROMPT, TOKENS, logit_bias=bias, stop_token_ids=stop, min_new_tokens=6)
+    assert whole.index(400) == 6
+    said = pair.generate(
+        PROMPT + whole[:count],
+        stop_token_ids=stop,
+        min_new_tokens=6 - count,
+        max_new_tokens=TOKENS - count,
+        custom_params={RESUMED: count},
+        logit_bias=bias,
+    )
+    assert said == whole[count:]

@@ -44,6 +44,7 @@ class EngineGroup:
         ranks = range(self.layout.nodes)
         self.actors = [RankActor(self.name, 1, rank, settings, host=HOST, node="here") for rank in ranks]
         self.endpoints: list[RankEndpoints] = []
+        self._logs = Path(settings.logs)
         self.folders = [Path(settings.scratch) / "beats" / f"{self.name}-e1-r{rank}" for rank in ranks]
 
     @property
@@ -72,6 +73,10 @@ class EngineGroup:
             await actor.start(command, launch_env(layout, plan, rank, where), where)
         ready = await asyncio.gather(*(actor.wait_ready(START_S[layout.device]) for actor in self.actors))
         assert all(ready), [await actor.health() for actor in self.actors]
+
+    def logs(self) -> list[str]:
+        """What its ranks have logged so far."""
+        return [(self._logs / f"{self.name}-e1-r{rank}.log").read_text() for rank in range(self.layout.nodes)]
 
     def beats(self, rank: int) -> dict[int, Beat]:
         """What the processes of a rank last wrote, by PID."""

@@ -32,6 +32,8 @@ def penalized(
     presence_penalty: float = 0,
     repetition_penalty: float = 1,
     logit_bias: Mapping[str, float] | None = None,
+    stop_token_ids: Sequence[int] = (),
+    min_new_tokens: int = 0,
 ) -> list[int]:
     """Greedy continuation by transformers, with SGLang's penalties over all output, and its order of things."""
     counts = torch.zeros(oracle.model.config.vocab_size)
@@ -45,6 +47,10 @@ def penalized(
             logits[said] = scaled[said]
             for token, bias in (logit_bias or {}).items():
                 logits[int(token)] += bias
+            if len(found) < min_new_tokens:
+                logits[list(stop_token_ids)] = -torch.inf
             found.append(int(logits.argmax()))
             counts[found[-1]] += 1
+            if found[-1] in stop_token_ids:
+                break
     return found

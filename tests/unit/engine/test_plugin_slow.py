@@ -97,7 +97,7 @@ def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("broken")
 def test_a_hook_whose_module_cannot_be_imported_is_told_with_what_is_missing() -> None:
     found = hook.broken_import(["frail.whole.Scheduler.turn", "frail.torn.Scheduler.turn"])
-    assert found == "frail.torn cannot be imported: No module named 'no_such_library'"
+    assert found == "frail.torn cannot be imported: ModuleNotFoundError: No module named 'no_such_library'"
 
 
 @pytest.mark.usefixtures("broken")

@@ -43,11 +43,20 @@ def broken_import(targets: Iterable[str]) -> str:
             name = f"{name}.{part}".lstrip(".")
             try:
                 importlib.import_module(name)
-            except ImportError as error:
+            except Exception as error:  # noqa: BLE001 - whatever a library raises while it is imported
                 if isinstance(error, ModuleNotFoundError) and error.name == name:
                     break  # a class or a function of the module before it
-                bottom: BaseException = error
-                while (below := bottom.__cause__ or bottom.__context__) is not None:
-                    bottom = below
-                return f"{name} cannot be imported: {bottom}"
+                bottom = _bottom(error)
+                return f"{name} cannot be imported: {type(bottom).__name__}: {bottom}"
     return ""
+
+
+def _bottom(error: BaseException) -> BaseException:
+    """What an error was raised from in the end."""
+    seen = {id(error)}
+    while (below := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None:
+        if id(below) in seen or not (error.__cause__ or isinstance(below, ImportError)):
+            break
+        seen.add(id(below))
+        error = below
+    return error

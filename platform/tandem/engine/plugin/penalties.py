@@ -30,9 +30,9 @@ def count_history(info: Any, cls: Any, batch: Any, vocab_size: int) -> Any:
     skip = 1 if batch.forward_mode is not None and batch.forward_mode.is_prebuilt() else 0
     said: list[list[int]] = []
     for request in batch.reqs:
-        here = list(request.output_ids[: max(0, len(request.output_ids) - skip)])
-        setattr(request, _COUNTED, len(here))
-        said.append(_brought(request) + here)
+        counted = max(0, len(request.output_ids) - skip)
+        setattr(request, _COUNTED, counted)
+        said.append(_brought(request) + list(request.output_ids[:counted]) if _penalized(request) else [])
     if info.penalizer_orchestrator.is_required:
         _count(info.penalizer_orchestrator, said)
         # What was brought along is already taken off the request's min_new_tokens.
@@ -42,14 +42,17 @@ def count_history(info: Any, cls: Any, batch: Any, vocab_size: int) -> Any:
 
 def count_new(original: Callable[..., None], batch: Any) -> None:
     """In place of `ScheduleBatch.cumulate_penalty_output_tokens`: count what each request has said since the last time,
-    and note for whom a token is not known yet."""
+    and note for whom a token is not known yet. Speculative decoding calls it for tokens of its own."""
+    if not batch.spec_algorithm.is_none():
+        original(batch)
+        return
     info = batch.sampling_info
     said: list[list[int]] = []
     lengths: list[int] = []
     behind: list[int] = []
     for row, (request, length) in enumerate(zip(batch.reqs, batch.seq_lens_cpu.tolist(), strict=True)):
         known = len(request.output_ids)
-        said.append(list(request.output_ids[getattr(request, _COUNTED, 0) :]))
+        said.append(list(request.output_ids[getattr(request, _COUNTED, 0) :]) if _penalized(request) else [])
         setattr(request, _COUNTED, known)
         # The KV of all tokens but the last is there.
         chosen = length + 1 - len(request.origin_input_ids)
@@ -68,11 +71,18 @@ def count_in_flight(
     """Around `Scheduler._forward_isolation`, where the batch has its input tokens and a copy of its penalties, both on
     the stream of the forward pass: add those tokens that were not known before."""
     info = batch.sampling_info
+    # Noted for this pass: the next one has other rows, and no note when the last penalized request has gone.
+    behind = vars(info).pop(_BEHIND, []) if info is not None else []
     with original(scheduler, batch, **how):
-        behind = getattr(info, _BEHIND, [])
-        if behind and batch.forward_mode.is_decode():
+        if behind and info.penalizer_orchestrator.is_required:
             _add(info.penalizer_orchestrator, batch.sampling_info, batch.input_ids, behind)
         yield
+
+
+def _penalized(request: Any) -> bool:
+    """Whether anything depends on what its row holds: a row without penalties need not be counted."""
+    params = request.sampling_params
+    return (params.frequency_penalty, params.presence_penalty, params.repetition_penalty) != (0.0, 0.0, 1.0)
 
 
 def _brought(request: Any) -> list[int]:
@@ -88,11 +98,12 @@ def _count(orchestrator: Any, said: list[list[int]]) -> None:
     """Count so many tokens of each row in every penalizer that is in use."""
     import torch
     from sglang.srt.sampling import penaltylib
+    from sglang.srt.utils.common import async_h2d
 
     if not any(said):
         return
     places = [(row, token) for row, tokens in enumerate(said) for token in tokens]
-    rows, ids = torch.tensor(places, dtype=torch.int64).T.to(orchestrator.device, non_blocking=True)
+    rows, ids = async_h2d(places, dtype=torch.int64, device=orchestrator.device).T
     for kind, penalizer in _in_use(orchestrator):
         if kind is penaltylib.BatchedFrequencyPenalizer:
             prices = penalizer.frequency_penalties[rows, 0]
@@ -104,21 +115,22 @@ def _count(orchestrator: Any, said: list[list[int]]) -> None:
 
 
 def _set_lengths(orchestrator: Any, lengths: list[int]) -> None:
-    import torch
     from sglang.srt.sampling import penaltylib
+    from sglang.srt.utils.common import async_h2d
 
     for kind, penalizer in _in_use(orchestrator):
         if kind is penaltylib.BatchedMinNewTokensPenalizer:
-            counts = torch.tensor(lengths, dtype=penalizer.len_output_tokens.dtype)
-            penalizer.len_output_tokens.copy_(counts.unsqueeze(1), non_blocking=True)
+            counts = async_h2d(lengths, dtype=penalizer.len_output_tokens.dtype, device=orchestrator.device)
+            penalizer.len_output_tokens.copy_(counts.unsqueeze(1))
 
 
 def _add(orchestrator: Any, copy: Any, input_ids: Any, behind: list[int]) -> None:
     """Add one token of each row in `behind` to the penalties of one forward pass."""
     import torch
     from sglang.srt.sampling import penaltylib
+    from sglang.srt.utils.common import async_h2d
 
-    rows = torch.tensor(behind, dtype=torch.int64).to(orchestrator.device, non_blocking=True)
+    rows = async_h2d(behind, dtype=torch.int64, device=orchestrator.device)
     ids = input_ids[rows].long()
     for kind, penalizer in _in_use(orchestrator):
         if kind is penaltylib.BatchedFrequencyPenalizer:
