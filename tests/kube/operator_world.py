@@ -48,11 +48,21 @@ def apply_kinds(cluster: Cluster, *, cel: bool) -> None:
     cluster.kubectl("apply", "-f", "-", input="---\n".join(crds.files(cel=cel).values()))
 
 
+def established(cluster: Cluster) -> bool:
+    """Whether the server serves all kinds that it was given. `kubectl wait` fails when one is so new that it
+    has no conditions."""
+    kinds = json.loads(cluster.kubectl("get", "crd", "--output", "json"))["items"]
+    served = {"type": "Established", "status": "True"}
+    return all(
+        any(one.items() >= served.items() for one in kind.get("status", {}).get("conditions") or []) for kind in kinds
+    )
+
+
 def serve_kinds(cluster: Cluster) -> None:
     """Our resources are served, their objects are garbage-collected, and no pod of a fleet finds its image."""
     cluster.kubelet.missing_images.add(IMAGE)
     apply_kinds(cluster, cel=has_cel())
-    cluster.kubectl("wait", "--for=condition=Established", "--timeout=60s", "crd", "--all")
+    cluster.wait(lambda: established(cluster), SOON, "all kinds are served")
     cluster.control_plane.restart_controller_manager()
 
 
