@@ -92,12 +92,12 @@ def test_every_process_that_works_shows_its_progress(pair: EnginePair) -> None:
 
 
 async def running(pair: EnginePair) -> list[int]:
-    """Requests that each decode group runs now."""
+    """How many requests each decode group runs."""
     return [sum(load.running for load in await pair.client.loads(group.url)) for group in pair.decodes]
 
 
-async def loaded(pair: EnginePair) -> int:
-    """Requests and KV tokens that any engine still holds."""
+async def busy(pair: EnginePair) -> int:
+    """Requests that run or wait in any engine."""
     loads = [load for group in (pair.prefill, *pair.decodes) for load in await pair.client.loads(group.url)]
     return sum(load.running + load.waiting for load in loads)
 
@@ -132,7 +132,7 @@ def test_both_engines_are_idle_a_second_after_the_client_has_gone(pair: EnginePa
             return len(found) > 5
 
         async def idle() -> bool:
-            return await loaded(pair) == 0
+            return await busy(pair) == 0
 
         await until("tokens come", streams, 30)
         asking.cancel()

@@ -28,18 +28,18 @@ FORMAT = 1
 MARK = "tandem.json"
 """The file that says how a folder was made."""
 
+MLA: Mapping[str, Mapping[str, int]] = {
+    "tiny": {"kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32},
+    "r1": {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
+}
+"""What `mla` can be: the keys of `config.json` that it decides."""
+
 _FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 _ROPE_ORIGINAL_CONTEXT = 1024
 
 # A trained model does not say control tokens out of place, and its reasoning ends. So they are silenced in the output
 # head, all but the end of the text, and `</think>` comes about once in 60 tokens rather than once in 1,000.
 _HEAD_SCALE = {number: 0.0 for text, number in SPECIAL_IDS.items() if text != EOS} | {SPECIAL_IDS["</think>"]: 1.5}
-
-
-MLA: Mapping[str, Mapping[str, int]] = {
-    "tiny": {"kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32},
-    "r1": {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
-}
 
 
 class TinyError(ValueError):
@@ -62,7 +62,7 @@ class TinyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Longest sequence in tokens, a multiple of 1,024: YaRN stretches 1,024 positions to it."""
     dtype: str = "float32"
     mla: str = "tiny"
-    """Sizes of the latent and the heads: of the tiny model, or R1's own, as GPU kernels know no others."""
+    """Sizes of the latent and the heads: of the tiny model, or R1's own, which are the ones that GPU kernels know."""
 
     def __post_init__(self) -> None:
         for field in ("layers", "heads", "experts", "expert_groups", "topk_groups", "experts_per_token"):

@@ -197,3 +197,13 @@ async def under_way(call: Call, part: bytes = b"") -> Any:
     await call.until_body(part)
     yield task
     await task
+
+
+async def left_in_half(made: World, journal: Lossy) -> None:
+    """An answer whose client leaves before its last token: nobody owns it, and whoever asks again gets the rest."""
+    made.engines["d1"].scripts.append(Script(ids=WHOLE[:-1], finish=None))
+    call = ask(made, stream=True)
+    async with under_way(call, b" all"):
+        call.leave()
+    await made.until(lambda: journal.states == [AnswerState.FREE])
+    made.engines["d1"].choose = rest

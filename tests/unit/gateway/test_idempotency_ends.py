@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from engine_standin import Script
 from gateway_world import saying
-from kept_world import WHOLE, Lossy, ShakyJournal, ask, keeping, once, replayed, rest, under_way, work
+from kept_world import WHOLE, Lossy, ShakyJournal, ask, keeping, left_in_half, once, replayed, rest, under_way, work
 
 from tandem.core.answers import AnswerState
 from tandem.core.usage import UsageRecord
@@ -98,12 +98,7 @@ async def test_an_answer_that_ends_while_the_journal_is_away_leaves_its_key_to_t
 async def test_what_a_gateway_owns_and_does_not_know_it_frees() -> None:
     journal = Lossy()
     async with keeping("p1", "d1", journal=journal, idempotency={"orphan_s": 0}) as made:
-        made.engines["d1"].scripts.append(Script(ids=WHOLE[:-1], finish=None))
-        call = ask(made, stream=True)
-        async with under_way(call, b" all"):
-            call.leave()
-        await made.until(lambda: journal.states == [AnswerState.FREE])
-        made.engines["d1"].choose = rest
+        await left_in_half(made, journal)
         [(name, kept)] = journal._table._answers.items()
         assert await journal.take(name, before=kept.owner, owner=f"{made.driver.incarnation}:999")
         assert (await ask(made, stream=True).run()).text() == "hi there, you all"

@@ -11,7 +11,7 @@ import pytest
 from engine_standin import Script
 from gateway_model import ids_of
 from gateway_world import saying
-from kept_world import WHOLE, Lossy, ShakyJournal, ask, keeping, once, replayed, rest, under_way, work
+from kept_world import WHOLE, Lossy, ShakyJournal, ask, keeping, left_in_half, once, replayed, rest, under_way, work
 
 from tandem.core.answers import AnswerState
 from tandem.gateway.answers.journal import JournalDown
@@ -215,12 +215,7 @@ async def test_a_part_waits_for_its_weights_while_a_group_is_coming() -> None:
     async with keeping("p1", "d1", journal=journal, idempotency={"orphan_s": 0}) as made:
         for name in ("p1", "d1"):
             made.group(name, weight_version="v1")
-        made.engines["d1"].scripts.append(Script(ids=WHOLE[:-1], finish=None))
-        call = ask(made, stream=True)
-        async with under_way(call, b" all"):
-            call.leave()
-        await made.until(lambda: journal.states == [AnswerState.FREE])
-        made.engines["d1"].choose = rest
+        await left_in_half(made, journal)
         made.group("d1", weight_version="v1", state="failed")
         async with under_way(ask(made, stream=True), b" all") as second:
             made.group("d1", weight_version="v1", epoch=2)
